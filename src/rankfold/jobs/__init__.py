@@ -1,0 +1,1 @@
+"""The jobs, one folder each: what a person runs."""

@@ -1,0 +1,40 @@
+"""Operators, their rewriting rules, decompositions, sketches, spectra and counter-based random numbers.
+
+Tensors in, tensors out; knows nothing of models. Operators are imported from here, numerics from their own modules.
+"""
+
+from .lowrank import Deviation, LowRank
+from .magnitude import Magnitude
+from .operator import Dense, Identity, Operator, Product, Scaled, Sum, at_least_float32, like
+from .orthogonal import Cayley, Householder
+from .rules import concatenate, contains, deviation, difference, khatri_rao, simplify
+from .structured import BlockDiagonal, Blockwise, Diagonal, Hadamard, Kronecker, Sparse, TensorRing
+
+__all__ = [
+    "BlockDiagonal",
+    "Blockwise",
+    "Cayley",
+    "Dense",
+    "Deviation",
+    "Diagonal",
+    "Hadamard",
+    "Householder",
+    "Identity",
+    "Kronecker",
+    "LowRank",
+    "Magnitude",
+    "Operator",
+    "Product",
+    "Scaled",
+    "Sparse",
+    "Sum",
+    "TensorRing",
+    "at_least_float32",
+    "concatenate",
+    "contains",
+    "deviation",
+    "difference",
+    "khatri_rao",
+    "like",
+    "simplify",
+]

@@ -1,0 +1,181 @@
+"""Maps of low rank: B · core · A, and the deviation of such a product from where it started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operator import Number, Operator, across, at_least_float32, like
+
+__all__ = ["Deviation", "LowRank"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Operator):
+    """Δ = scale · B · diag(d) · M · A, with B: [out, r], A: [r, in]; `diag` [r] and `core` M [r, r] are optional.
+
+    The kind of core is explicit, never guessed from a shape: beside a batch dimension a vector and a matrix look alike.
+
+    >>> import torch
+    >>> op = LowRank(torch.ones(4, 2), torch.ones(2, 3), diag=torch.tensor([1.0, 0.0]), scale=0.5)
+    >>> op.matmul(torch.ones(3)).tolist(), op.rank_bound()
+    ([1.5, 1.5, 1.5, 1.5], 2)
+    """
+
+    B: Tensor
+    A: Tensor
+    diag: Tensor | None = None
+    core: Tensor | None = None
+    scale: Number = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.B.shape[-2], self.A.shape[-1])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return tuple(max(self.B.shape[:-2], self.A.shape[:-2], key=len))
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        h = x @ like(self.A, x).mT
+        if self.core is not None:
+            h = h @ like(self.core, x).mT
+        if self.diag is not None:
+            h = h * across(like(self.diag, x))
+        return (h @ like(self.B, x).mT) * self._number(x)
+
+    def rmatmul(self, g: Tensor) -> Tensor:
+        h = g @ like(self.B, g)
+        if self.diag is not None:
+            h = h * across(like(self.diag, g))
+        if self.core is not None:
+            h = h @ like(self.core, g)
+        return (h @ like(self.A, g)) * self._number(g)
+
+    def _number(self, x: Tensor) -> Number:
+        return like(self.scale, x) if isinstance(self.scale, Tensor) else self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(B', A) with everything between them and the scale taken into B': B' A = Δ."""
+        B = self.B * self.scale
+        if self.diag is not None:
+            B = B * self.diag.unsqueeze(-2)
+        if self.core is not None:
+            B = B @ self.core
+        return B, self.A
+
+    def dense(self) -> Tensor:
+        B, A = self.factors()
+        return at_least_float32(B) @ at_least_float32(A)
+
+    def columns(self, index: Tensor) -> Tensor:
+        B, A = self.factors()
+        return A.mT[index] @ B.mT
+
+    def rows(self, index: Tensor) -> Tensor:
+        B, A = self.factors()
+        return at_least_float32(B[..., index, :]) @ at_least_float32(A)
+
+    def row_sqnorm(self) -> Tensor:
+        """By the Gram matrix: Σ_k (B' A Aᵀ)_jk B'_jk, never out x in."""
+        B, A = (at_least_float32(t) for t in self.factors())
+        return ((B @ (A @ A.mT)) * B).sum(-1)
+
+    def row_dot(self, other: Operator) -> Tensor:
+        """Σ_k B'_jk (other Aᵀ)_jk: asks `other` for r products only."""
+        B, A = (at_least_float32(t) for t in self.factors())
+        return (B * other.matmul(A).mT).sum(-1)
+
+    def to_lowrank(self, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+        from .decompositions import product_svd
+
+        B, A = (at_least_float32(t) for t in self.factors())
+        if rank is None or rank >= self.rank:
+            return B, A, 0.0
+        U, S, Vh = product_svd(B, A)
+        total = float(torch.linalg.vector_norm(S))
+        lost = float(torch.linalg.vector_norm(S[..., rank:]))
+        return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :], lost / total if total else 0.0
+
+    def rank_bound(self) -> int:
+        return min(self.rank, *self.shape)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.rank * (sum(self.shape) + (self.rank if self.core is not None else 0))
+
+    def dense_flops(self) -> int:
+        return 2 * self.rank * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Deviation(Operator):
+    """Δ = scale · [(B − B₀) D A + B₀ D (A − A₀)] = scale · (B D A − B₀ D A₀), with D = diag(d).
+
+    Written so that it is zero, bitwise and in every dtype, while B = B₀ and A = A₀, and loses nothing to cancellation afterwards.
+    Switching component k off (d_k = 0) returns it to its start, not to zero: offsets stay legal under rank policies.
+
+    >>> import torch
+    >>> B, A = torch.randn(4, 2), torch.randn(2, 3)
+    >>> float(Deviation(B, A, B.clone(), A.clone()).dense().abs().max())
+    0.0
+    """
+
+    B: Tensor
+    A: Tensor
+    B0: Tensor
+    A0: Tensor
+    diag: Tensor | None = None
+    scale: Number = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.B.shape[-2], self.A.shape[-1])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return tuple(self.B.shape[:-2])
+
+    def stacked(self) -> LowRank:
+        """The same map as a LowRank of rank 2r: [B − B₀, B₀] · [A; A − A₀]."""
+        diag = None if self.diag is None else torch.cat([self.diag, self.diag], -1)
+        B = torch.cat([self.B - self.B0, self.B0], -1)
+        return LowRank(B, torch.cat([self.A, self.A - self.A0], -2), diag=diag, scale=self.scale)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.stacked().matmul(x)
+
+    def rmatmul(self, g: Tensor) -> Tensor:
+        return self.stacked().rmatmul(g)
+
+    def dense(self) -> Tensor:
+        return self.stacked().dense()
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.stacked().columns(index)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.stacked().rows(index)
+
+    def row_sqnorm(self) -> Tensor:
+        return self.stacked().row_sqnorm()
+
+    def row_dot(self, other: Operator) -> Tensor:
+        return self.stacked().row_dot(other)
+
+    def to_lowrank(self, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+        return self.stacked().to_lowrank(rank)
+
+    def rank_bound(self) -> int:
+        return min(2 * self.A.shape[-2], *self.shape)
+
+    def flops(self, tokens: int) -> int:
+        return 4 * tokens * self.A.shape[-2] * sum(self.shape)
+
+    def dense_flops(self) -> int:
+        return 4 * self.A.shape[-2] * self.shape[0] * self.shape[1]

@@ -1,0 +1,165 @@
+"""What the algebra knows about pairs of operators: one small table, so that the operators stay ignorant of each other.
+
+`simplify` rewrites an expression to fewer and cheaper terms; `difference(expr, W)` gives the change alone, exactly where a rule
+knows it. Each rule is a function of its two parts and is tested against dense arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .lowrank import Deviation, LowRank
+from .magnitude import Magnitude
+from .operator import Dense, Operator, Product, Scaled, Sum, at_least_float32
+from .orthogonal import Householder
+from .structured import Diagonal, Hadamard, Sparse
+
+__all__ = ["concatenate", "contains", "deviation", "difference", "khatri_rao", "simplify"]
+
+
+def contains(expr: Operator, leaf: Operator) -> bool:
+    """Whether `leaf` itself (by identity) occurs in the expression."""
+    return expr is leaf or any(contains(child, leaf) for child in expr.children())
+
+
+def concatenate(ops: list[LowRank]) -> LowRank:
+    """Σ_k s_k B_k A_k as one LowRank: [s_1 B_1, s_2 B_2, ...] · [A_1; A_2; ...]. Exact; ranks add."""
+    ops = [op for op in ops if op.rank] or ops[:1]
+    if len(ops) == 1:
+        return ops[0]
+    factors = [op.factors() for op in ops]
+    return LowRank(torch.cat([B for B, _ in factors], -1), torch.cat([A for _, A in factors], -2))
+
+
+def khatri_rao(left: LowRank, right: LowRank) -> LowRank:
+    """(B₁A₁) ∘ (B₂A₂) = (B₁ ∗ B₂)(A₁ ∗ A₂): row-wise and column-wise Kronecker products, rank r₁·r₂."""
+    (B1, A1), (B2, A2) = left.factors(), right.factors()
+    B = (B1[..., :, None] * B2[..., None, :]).flatten(-2)
+    A = (A1[..., :, None, :] * A2[..., None, :, :]).flatten(-3, -2)
+    return LowRank(B, A)
+
+
+def deviation(now: Operator, start: Operator) -> Operator:
+    """now − start, with start frozen. Two LowRanks of one form become a Deviation: zero, bitwise, while they are equal."""
+    if isinstance(now, LowRank) and isinstance(start, LowRank) and now.core is None and start.core is None:
+        return Deviation(now.B, now.A, start.B, start.A, diag=now.diag, scale=now.scale)
+    return now - start
+
+
+def simplify(expr: Operator) -> Operator:
+    """The same map with nested sums flattened, numbers taken into LowRanks, and LowRanks of a sum concatenated."""
+    if isinstance(expr, Scaled):
+        inner = simplify(expr.inner)
+        if isinstance(inner, Sum):
+            return simplify(Sum(tuple(Scaled(t, expr.number) for t in inner.terms)))
+        rule = SCALED.get(type(inner))
+        return rule(inner, expr.number) if rule else Scaled(inner, expr.number)
+    if isinstance(expr, Sum):
+        terms = [t for term in expr.terms for t in _flat(simplify(term))]
+        low = [t for t in terms if type(t) is LowRank]
+        rest = [t for t in terms if type(t) is not LowRank]
+        terms = rest + ([concatenate(low)] if low else [])
+        return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+    if isinstance(expr, Product):
+        left, right = simplify(expr.left), simplify(expr.right)
+        product_rule = PRODUCTS.get((type(left), type(right)))
+        return product_rule(left, right) if product_rule else Product(left, right)
+    if isinstance(expr, Magnitude):
+        return Magnitude(expr.m, simplify(expr.inner), expr.detach, expr.floor)
+    return expr
+
+
+def _flat(op: Operator) -> tuple[Operator, ...]:
+    return op.terms if isinstance(op, Sum) else (op,)
+
+
+def _scale_lowrank(op: LowRank, number) -> LowRank:
+    return LowRank(op.B, op.A, op.diag, op.core, op.scale * number)
+
+
+def _scale_deviation(op: Deviation, number) -> Deviation:
+    return Deviation(op.B, op.A, op.B0, op.A0, op.diag, op.scale * number)
+
+
+def _scale_sparse(op: Sparse, number) -> Sparse:
+    return Sparse(op.values * number, op.index, op.size_out, op.size_in)
+
+
+def _diagonal_lowrank(left: Diagonal, right: LowRank) -> LowRank:
+    return LowRank(left.d.unsqueeze(-1) * right.B, right.A, right.diag, right.core, right.scale)
+
+
+def _lowrank_diagonal(left: LowRank, right: Diagonal) -> LowRank:
+    return LowRank(left.B, left.A * right.d.unsqueeze(-2), left.diag, left.core, left.scale)
+
+
+def _diagonal_diagonal(left: Diagonal, right: Diagonal) -> Diagonal:
+    return Diagonal(left.d * right.d)
+
+
+SCALED: dict[type, Callable] = {LowRank: _scale_lowrank, Deviation: _scale_deviation, Sparse: _scale_sparse}
+PRODUCTS: dict[tuple[type, type], Callable] = {
+    (Diagonal, LowRank): _diagonal_lowrank,
+    (LowRank, Diagonal): _lowrank_diagonal,
+    (Diagonal, Diagonal): _diagonal_diagonal,
+}
+
+
+def difference(expr: Operator, W: Operator) -> Operator:
+    """expr − W as an operator without W where that is exact: sums, rotations, scalings and Hadamard products of W.
+
+    >>> import torch
+    >>> from rankfold.linalg import Dense, Householder
+    >>> W, U = Dense(torch.randn(4, 6)), torch.randn(6, 2)
+    >>> change = difference(W @ Householder(U), W)         # exact, and of rank 2: a rotation exports as a LoRA
+    >>> type(change).__name__, change.rank_bound(), torch.allclose(change.dense(), (W @ Householder(U)).dense() - W.W, atol=1e-5)
+    ('LowRank', 2, True)
+    """
+    if expr is W:
+        size_out, size_in = W.shape
+        zero = next(W.leaves()).new_zeros
+        return LowRank(zero(*W.batch, size_out, 0), zero(*W.batch, 0, size_in))
+    if isinstance(expr, Sum):
+        inside = [t for t in expr.terms if contains(t, W)]
+        bare = [t for t in inside if t is W]
+        if len(bare) == 1:  # the other terms are the change, whether or not they lean on W (HiRA: W + W∘Δ)
+            rest = [t for t in expr.terms if t is not W]
+        elif len(inside) == 1:
+            rest = [difference(t, W) if t is inside[0] else t for t in expr.terms]
+        else:
+            rest = [*expr.terms, Scaled(W, -1.0)]
+        return simplify(Sum(tuple(rest)))
+    if isinstance(expr, Product) and contains(expr.left, W):
+        change = _rotation_change(W, expr.right)
+        return simplify(change if expr.left is W else difference(expr.left, W) @ expr.right + change)
+    if isinstance(expr, Magnitude):
+        gain = expr.gain()
+        scaled = Diagonal(gain) @ difference(expr.inner, W)
+        return simplify(Diagonal(gain - 1.0) @ W + scaled)
+    return Sum((expr, Scaled(W, -1.0)))
+
+
+def _rotation_change(W: Operator, right: Operator) -> Operator:
+    """W (R − 1)."""
+    if isinstance(right, Householder):
+        U, T = right.compact()
+        return LowRank(-(W @ (U @ T)), U.mT)
+    if isinstance(right, Product):
+        return simplify(_rotation_change(W, right.left) @ right.right + _rotation_change(W, right.right))
+    return Product(W, right) - W
+
+
+def as_dense(op: Operator) -> Dense:
+    """The same map, built: for what no rule knows."""
+    return Dense(at_least_float32(op.dense()))
+
+
+def shrink(op: Operator) -> Operator:
+    """A Hadamard product of two LowRanks as one LowRank, where that is smaller than the map; else itself."""
+    if isinstance(op, Hadamard) and type(op.left) is LowRank and type(op.right) is LowRank:
+        rank = op.left.rank * op.right.rank
+        if rank * sum(op.shape) < op.shape[0] * op.shape[1]:
+            return khatri_rao(op.left, op.right)
+    return op
