@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class LinearMap(Protocol):
-    """The part of rankfold's Operator that products need: a map R^n -> R^m that is never built unless asked."""
+    """The part of rankfold's Operator that products need: a map R^n -> R^m that is never built unless asked.
+
+    Products run in the dtype of what is multiplied, whatever the dtype of the operator's own tensors.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # (m, n)
@@ -57,17 +60,16 @@ def full_float32() -> Iterator[None]:
 
 
 def lift(M: Matrix, what: str = "M") -> Matrix:
-    """M in the dtype that is worked in: float64 stays, all else becomes float32; NaN and Inf are refused.
-
-    An operator in a shorter dtype is made dense, since its own products would be that short.
-    """
+    """M ready for products: a tensor in float64 or else float32, NaN and Inf refused; an operator as it is."""
     if isinstance(M, Tensor):
-        if M.ndim < 2:
-            raise OptionError(f"{what}: a matrix [..., rows, columns] is needed, got shape {tuple(M.shape)}")
+        sides(M, what)
         return require_finite(M if M.dtype in (torch.float32, torch.float64) else M.to(torch.float32), what)
-    if getattr(M, "dtype", torch.float32) in (torch.float32, torch.float64):
-        return M
-    return require_finite(M.dense().to(torch.float32), what)
+    return M
+
+
+def working_dtype(M: Matrix) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if getattr(M, "dtype", torch.float32) == torch.float64 else torch.float32
 
 
 def dense(M: Matrix, what: str = "M") -> Tensor:
@@ -75,6 +77,13 @@ def dense(M: Matrix, what: str = "M") -> Tensor:
     lifted = lift(M if isinstance(M, Tensor) else M.dense(), what)
     assert isinstance(lifted, Tensor)
     return lifted
+
+
+def sides(M: Matrix, what: str) -> tuple[int, int]:
+    """(m, n) of M [..., m, n]."""
+    if len(M.shape) < 2:
+        raise OptionError(f"{what}: a matrix [..., rows, columns] is needed, got shape {tuple(M.shape)}")
+    return M.shape[-2], M.shape[-1]
 
 
 def times(M: Matrix, K: Tensor) -> Tensor:
@@ -88,8 +97,8 @@ def transposed_times(M: Matrix, K: Tensor) -> Tensor:
 
 
 def like(M: Matrix, K: Tensor) -> Tensor:
-    """K in the dtype and on the device of M."""
-    return K.to(device=getattr(M, "device", K.device), dtype=getattr(M, "dtype", torch.float32))
+    """K in the dtype that M is worked in, on its device."""
+    return K.to(device=getattr(M, "device", K.device), dtype=working_dtype(M))
 
 
 def wide(M: Tensor) -> Tensor:
@@ -110,6 +119,6 @@ def require_finite(M: Tensor, what: str) -> Tensor:
 
 def require_rank(rank: int, M: Matrix, what: str) -> None:
     """Refuse a rank that a matrix of this shape cannot have."""
-    m, n = M.shape[-2:]
+    m, n = sides(M, what)
     if not 0 <= rank <= min(m, n):
         raise OptionError(f"{what}: rank {rank} of a {m} x {n} matrix; it can have 0 to {min(m, n)}")

@@ -36,7 +36,7 @@ class LowRank(Operator):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        return tuple(max(self.B.shape[:-2], self.A.shape[:-2], key=len))
+        return max(tuple(self.B.shape[:-2]), tuple(self.A.shape[:-2]), key=len)
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,7 @@ class LowRank(Operator):
             h = h @ like(self.core, x).mT
         if self.diag is not None:
             h = h * across(like(self.diag, x))
-        return (h @ like(self.B, x).mT) * self._number(x)
+        return self._times(h @ like(self.B, x).mT)
 
     def rmatmul(self, g: Tensor) -> Tensor:
         h = g @ like(self.B, g)
@@ -56,14 +56,18 @@ class LowRank(Operator):
             h = h * across(like(self.diag, g))
         if self.core is not None:
             h = h @ like(self.core, g)
-        return (h @ like(self.A, g)) * self._number(g)
+        return self._times(h @ like(self.A, g))
 
-    def _number(self, x: Tensor) -> Number:
-        return like(self.scale, x) if isinstance(self.scale, Tensor) else self.scale
+    def _times(self, y: Tensor) -> Tensor:
+        """y times the scale, which may be a tensor that trains: 0-dim, or [E] beside a batch."""
+        s = self.scale
+        if isinstance(s, Tensor):
+            s = like(s[..., None, None] if s.ndim else s, y)
+        return y * s
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B', A) with everything between them and the scale taken into B': B' A = Δ."""
-        B = self.B * self.scale
+        B = self._times(self.B)
         if self.diag is not None:
             B = B * self.diag.unsqueeze(-2)
         if self.core is not None:
@@ -76,7 +80,7 @@ class LowRank(Operator):
 
     def columns(self, index: Tensor) -> Tensor:
         B, A = self.factors()
-        return A.mT[index] @ B.mT
+        return A.mT[..., index, :] @ B.mT
 
     def rows(self, index: Tensor) -> Tensor:
         B, A = self.factors()
@@ -85,7 +89,7 @@ class LowRank(Operator):
     def row_sqnorm(self) -> Tensor:
         """By the Gram matrix: Σ_k (B' A Aᵀ)_jk B'_jk, never out x in."""
         B, A = (at_least_float32(t) for t in self.factors())
-        return ((B @ (A @ A.mT)) * B).sum(-1)
+        return ((B @ (A @ A.mT)) * B).sum(-1).clamp_min(0.0)  # rounding can fall below zero
 
     def row_dot(self, other: Operator) -> Tensor:
         """Σ_k B'_jk (other Aᵀ)_jk: asks `other` for r products only."""

@@ -17,8 +17,8 @@ __all__ = ["Magnitude"]
 class Magnitude(Operator):
     """diag(m / ‖rows of inner‖) · inner, with m: [*batch, out] (Liu et al., "DoRA", 2024, eq. 5).
 
-    The gain is formed and applied in at least float32: a bf16 gain near one loses the change that it stands for. `detach` treats the
-    norm as a constant of the backward pass (section 4.3 there). A zero row keeps gain m over the smallest norm allowed.
+    The gain is formed and applied in at least float32: a bf16 gain near one loses the change that it stands for. `detach` treats
+    the norm as a constant of the backward pass (section 4.3 there). A zero row keeps gain m over the smallest norm allowed.
 
     >>> import torch
     >>> from rankfold.linalg import Dense
@@ -61,7 +61,7 @@ class Magnitude(Operator):
 
     def columns(self, index: Tensor) -> Tensor:
         y = self.inner.columns(index)
-        return (y * self.gain()).to(y.dtype)
+        return (y * across(self.gain())).to(y.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         return at_least_float32(self.inner.rows(index)) * self.gain()[..., index, None]

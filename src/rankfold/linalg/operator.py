@@ -1,7 +1,7 @@
 """Linear maps that are never built unless asked: the base class, and the four that combine others.
 
-An operator is an immutable record of tensors, operators and numbers. It maps R^in to R^out and acts on the last axis: `op.matmul(x)`
-is x Δᵀ for x: [..., in], `op.rmatmul(g)` is g Δ for g: [..., out]. Tensors may carry one leading batch dimension (experts,
+An operator is an immutable record of tensors, operators and numbers. It maps R^in to R^out and acts on the last axis:
+`op.matmul(x)` is x Δᵀ for x: [..., in], `op.rmatmul(g)` is g Δ for g: [..., out]. Tensors may carry one leading batch dimension (experts,
 convolution groups). Products run in the dtype of the activation; small factor algebra runs in the dtype of the factors.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Number = Union[float, int, Tensor]
+Number = float | int | Tensor
 
 __all__ = ["Dense", "Identity", "Operator", "Product", "Scaled", "Sum", "at_least_float32", "like"]
 
@@ -87,8 +87,8 @@ class Operator:
         return (at_least_float32(W) + self.dense()).to(W.dtype)
 
     def columns(self, index: Tensor) -> Tensor:
-        """Δ[:, index]ᵀ: the change of an embedding at the tokens `index`, [...] -> [..., out]."""
-        return self.dense().mT[index]
+        """Δ[:, index]ᵀ: the change of an embedding at its tokens, [...] -> [..., out]; beside a batch [k] -> [E, k, out]."""
+        return self.dense().mT[..., index, :]
 
     def rows(self, index: Tensor) -> Tensor:
         """Δ[index, :]: [k] -> [k, in]."""
@@ -219,7 +219,7 @@ class Dense(Operator):
         return self.W
 
     def columns(self, index: Tensor) -> Tensor:
-        return self.W.mT[index]
+        return self.W.mT[..., index, :]
 
     def rows(self, index: Tensor) -> Tensor:
         return self.W[..., index, :]
@@ -311,9 +311,12 @@ class Sum(Operator):
                 # the term with fewer parameters leads: its row_dot asks the other one only for a product
                 lead, other = (b, a) if b.rank_bound() < a.rank_bound() else (a, b)
                 n = n + 2.0 * lead.row_dot(other)
-        if torch.compiler.is_compiling() or self.batch:
+        if torch.compiler.is_compiling():
             return n.clamp_min(0.0)
-        bad = (n < 1e-4 * parts).nonzero().flatten()
+        lost = n < 1e-4 * parts
+        if n.ndim > 1:  # beside a batch, rows can't be picked by entry: form the few maps of such a call whole
+            return torch.where(lost, super().row_sqnorm(), n) if lost.any() else n
+        bad = lost.nonzero().flatten()
         if len(bad):
             n = n.index_copy(0, bad, self.rows(bad).square().sum(-1))
         return n
@@ -384,8 +387,10 @@ class Scaled(Operator):
         return self._number() * self.inner.row_dot(other)
 
     def to_lowrank(self, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+        if isinstance(self.number, Tensor) and self.number.ndim:  # entries weigh differently in the error
+            return super().to_lowrank(rank)
         B, A, error = self.inner.to_lowrank(rank)
-        return self._times(B), A, error
+        return self._times(B), A, error if self.number != 0 else 0.0
 
     def rank_bound(self) -> int:
         return self.inner.rank_bound()

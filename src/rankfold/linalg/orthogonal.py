@@ -72,7 +72,10 @@ class Householder(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Cayley(Operator):
-    """diag of (1 + S_k)(1 − S_k)⁻¹, S_k = X_k − X_kᵀ skew, from X: [*batch, n, b, b]; the identity at X = 0. Solved in float32 at least."""
+    """diag of (1 + S_k)(1 − S_k)⁻¹, S_k = X_k − X_kᵀ skew, from X: [*batch, n, b, b]; the identity at X = 0.
+
+    Solved in at least float32.
+    """
 
     X: Tensor
 

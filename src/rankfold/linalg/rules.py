@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .lowrank import Deviation, LowRank
 from .magnitude import Magnitude
-from .operator import Dense, Operator, Product, Scaled, Sum, at_least_float32
+from .operator import Number, Operator, Product, Scaled, Sum
 from .orthogonal import Householder
 from .structured import Diagonal, Hadamard, Sparse
 
@@ -29,7 +30,8 @@ def concatenate(ops: list[LowRank]) -> LowRank:
     ops = [op for op in ops if op.rank] or ops[:1]
     if len(ops) == 1:
         return ops[0]
-    factors = [op.factors() for op in ops]
+    batch = max((op.batch for op in ops), key=len)
+    factors = [[t.expand(*batch, *t.shape[-2:]) for t in op.factors()] for op in ops]
     return LowRank(torch.cat([B for B, _ in factors], -1), torch.cat([A for _, A in factors], -2))
 
 
@@ -42,10 +44,20 @@ def khatri_rao(left: LowRank, right: LowRank) -> LowRank:
 
 
 def deviation(now: Operator, start: Operator) -> Operator:
-    """now − start, with start frozen. Two LowRanks of one form become a Deviation: zero, bitwise, while they are equal."""
-    if isinstance(now, LowRank) and isinstance(start, LowRank) and now.core is None and start.core is None:
+    """now − start, with start frozen. Two LowRanks of one form become a Deviation: zero, bitwise, while they are equal.
+
+    One form is: the same rank and number in front, no core, a diagonal on both or on neither. A diagonal, or a scale that is
+    a tensor, is taken from `now` for both: the two may differ in B and A only.
+    """
+    if isinstance(now, LowRank) and isinstance(start, LowRank) and _one_form(now, start):
         return Deviation(now.B, now.A, start.B, start.A, diag=now.diag, scale=now.scale)
     return now - start
+
+
+def _one_form(a: LowRank, b: LowRank) -> bool:
+    # tensors are not compared by value: that would wait for the device, and break a compiled graph
+    numbers = isinstance(a.scale, Tensor) == isinstance(b.scale, Tensor) and (isinstance(a.scale, Tensor) or a.scale == b.scale)
+    return numbers and a.core is None and b.core is None and (a.diag is None) == (b.diag is None) and a.rank == b.rank
 
 
 def simplify(expr: Operator) -> Operator:
@@ -68,6 +80,10 @@ def simplify(expr: Operator) -> Operator:
         return product_rule(left, right) if product_rule else Product(left, right)
     if isinstance(expr, Magnitude):
         return Magnitude(expr.m, simplify(expr.inner), expr.detach, expr.floor)
+    if isinstance(expr, Hadamard) and type(expr.left) is LowRank and type(expr.right) is LowRank:
+        # one product of rank r₁·r₂ where its factors are smaller than the map
+        smaller = expr.left.rank * expr.right.rank * sum(expr.shape) < expr.shape[0] * expr.shape[1]
+        return khatri_rao(expr.left, expr.right) if smaller else expr
     return expr
 
 
@@ -75,16 +91,21 @@ def _flat(op: Operator) -> tuple[Operator, ...]:
     return op.terms if isinstance(op, Sum) else (op,)
 
 
-def _scale_lowrank(op: LowRank, number) -> LowRank:
+def _scale_lowrank(op: LowRank, number: Number) -> LowRank:
     return LowRank(op.B, op.A, op.diag, op.core, op.scale * number)
 
 
-def _scale_deviation(op: Deviation, number) -> Deviation:
+def _scale_deviation(op: Deviation, number: Number) -> Deviation:
     return Deviation(op.B, op.A, op.B0, op.A0, op.diag, op.scale * number)
 
 
-def _scale_sparse(op: Sparse, number) -> Sparse:
-    return Sparse(op.values * number, op.index, op.size_out, op.size_in)
+def _scale_sparse(op: Sparse, number: Number) -> Sparse:
+    return Sparse(
+        op.values * (number[..., None] if isinstance(number, Tensor) and number.ndim else number),
+        op.index,
+        op.size_out,
+        op.size_in,
+    )
 
 
 def _diagonal_lowrank(left: Diagonal, right: LowRank) -> LowRank:
@@ -117,7 +138,7 @@ def difference(expr: Operator, W: Operator) -> Operator:
     >>> type(change).__name__, change.rank_bound(), torch.allclose(change.dense(), (W @ Householder(U)).dense() - W.W, atol=1e-5)
     ('LowRank', 2, True)
     """
-    if expr is W:
+    if expr is W or (isinstance(expr, Sum) and expr.terms == (W,)):
         size_out, size_in = W.shape
         zero = next(W.leaves()).new_zeros
         return LowRank(zero(*W.batch, size_out, 0), zero(*W.batch, 0, size_in))
@@ -149,17 +170,3 @@ def _rotation_change(W: Operator, right: Operator) -> Operator:
     if isinstance(right, Product):
         return simplify(_rotation_change(W, right.left) @ right.right + _rotation_change(W, right.right))
     return Product(W, right) - W
-
-
-def as_dense(op: Operator) -> Dense:
-    """The same map, built: for what no rule knows."""
-    return Dense(at_least_float32(op.dense()))
-
-
-def shrink(op: Operator) -> Operator:
-    """A Hadamard product of two LowRanks as one LowRank, where that is smaller than the map; else itself."""
-    if isinstance(op, Hadamard) and type(op.left) is LowRank and type(op.right) is LowRank:
-        rank = op.left.rank * op.right.rank
-        if rank * sum(op.shape) < op.shape[0] * op.shape[1]:
-            return khatri_rao(op.left, op.right)
-    return op

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankfold.errors import OptionError
+
 from .operator import Operator, across, at_least_float32, like
 
 __all__ = ["BlockDiagonal", "Blockwise", "Diagonal", "Hadamard", "Kronecker", "Sparse", "TensorRing"]
@@ -35,7 +37,8 @@ class Diagonal(Operator):
     def matmul(self, x: Tensor) -> Tensor:
         return (x * across(self.d)).to(x.dtype)
 
-    rmatmul = matmul
+    def rmatmul(self, g: Tensor) -> Tensor:
+        return self.matmul(g)
 
     def dense(self) -> Tensor:
         return torch.diag_embed(self.d)
@@ -77,7 +80,7 @@ class Kronecker(Operator):
         if self.batch:
             P, Q = P.unsqueeze(-3), Q.unsqueeze(-3)  # [E, 1, ., .] against [E, tokens, q, b]
         Y = P @ (X @ Q.mT) if q_first else (P @ X) @ Q.mT  # [..., p, a]
-        return Y.reshape(*x.shape[:-1], -1)
+        return Y.flatten(-2)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._apply(x, like(self.P, x), like(self.Q, x), self._q_first())
@@ -218,10 +221,11 @@ class BlockDiagonal(Operator):
 
     def _apply(self, x: Tensor, blocks: Tensor) -> Tensor:
         # blocks lead, so that this is one batched product: [n, tokens, b] @ [n, b, a]
-        n, _, b = blocks.shape[-3:]
-        flat = x.reshape(*self.batch, -1, n, b).transpose(-3, -2)
+        n, a, b = blocks.shape[-3:]
+        tokens = math.prod(x.shape[len(self.batch) : -1])
+        flat = x.reshape(*self.batch, tokens, n, b).transpose(-3, -2)
         y = (flat @ blocks.mT).transpose(-3, -2)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], n * a)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._apply(x, like(self.blocks, x))
@@ -251,6 +255,11 @@ class Blockwise(Operator):
     base: Operator
     blocks: Tensor
 
+    def __post_init__(self) -> None:
+        n, r, _ = self.blocks.shape[-3:]
+        if self.base.shape[0] != n * r or self.base.shape[1] % r:
+            raise OptionError(f"{n} blocks of {r} x {r} do not tile a map of shape {self.base.shape}: r must divide both sizes")
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
@@ -276,8 +285,8 @@ class Blockwise(Operator):
 class TensorRing(Operator):
     """Δ[i_1..i_k, j_1..j_l] = trace(G_1[i_1] ... G_k[i_k] H_1[j_1] ... H_l[j_l]).
 
-    `out_cores` are k tensors [r, i, r'], `in_cores` l tensors, ring-closed: the last rank equals the first. The map is [Π i, Π j].
-    (Zhao et al., "Tensor Ring Decomposition", 2016.)
+    `out_cores` are k tensors [r, i, r'], `in_cores` l tensors, ring-closed: the last rank equals the first. The map is
+    [Π i, Π j]. (Zhao et al., "Tensor Ring Decomposition", 2016.)
     """
 
     out_cores: tuple[Tensor, ...]

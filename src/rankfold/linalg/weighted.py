@@ -1,6 +1,7 @@
 """One weighted SVD behind FWSVD, ASVD, SVD-LLM, EoRA, CorDA and FILA: they differ in the weights alone."""
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Protocol
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rankfold.errors import OptionError
 from rankfold.linalg._lapack import thin_svd
-from rankfold.linalg._matrix import Matrix, dense, precise, require_finite, wide
+from rankfold.linalg._matrix import Matrix, dense, precise, require_finite, require_rank, wide
 from rankfold.linalg.decompositions import SVD, Method, truncated_svd
 from rankfold.linalg.random import Random
 
@@ -64,6 +65,7 @@ def weighted_svd(
     True
     """
     M = dense(M)
+    require_rank(rank, M, "weighted_svd")
     m, n = M.shape[-2:]
     onto_outputs = None if left is None else as_weight(left, m, "left", transposed=True)
     onto_inputs = None if right is None else as_weight(right, n, "right", transposed=False)
@@ -79,11 +81,8 @@ def weighted_svd(
         U = onto_outputs.solve(U.mT).mT
     if onto_inputs is not None:
         Vh = onto_inputs.solve(Vh)
-    if components < rank:
-        if rank > min(m, n):
-            raise OptionError(f"weighted_svd: rank {rank} of a {m} x {n} matrix; it can have 0 to {min(m, n)}")
-        pad = rank - components
-        U, S, Vh = (torch.nn.functional.pad(t, p) for t, p in ((U, (0, pad)), (S, (0, pad)), (Vh, (0, 0, 0, pad))))
+    pad = rank - components
+    U, S, Vh = (torch.nn.functional.pad(t, p) for t, p in ((U, (0, pad)), (S, (0, pad)), (Vh, (0, 0, 0, pad))))
     return U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
 
 
@@ -126,7 +125,7 @@ class TriangularWeight:
 
 @dataclass(frozen=True)
 class MatrixWeight:
-    """Any R [n, k] by its SVD P diag(s) Zᵀ, directions below rounding left out: the pseudo-inverse is Z diag(1/s) Pᵀ."""
+    """Any R [n, k] by its SVD P diag(s) Zᵀ; the pseudo-inverse is Z diag(1/s) Pᵀ. Weights below `negligible` are left out."""
 
     P: Tensor  # [n, q]
     s: Tensor  # [q]
@@ -135,7 +134,7 @@ class MatrixWeight:
     @classmethod
     def of(cls, R: Tensor) -> "MatrixWeight":
         P, s, Zh = thin_svd(R)
-        keep = s > s[:1] * max(R.shape) * torch.finfo(R.dtype).eps
+        keep = s > negligible(R) * s[:1]
         return cls(P[:, keep], s[keep], Zh[keep])
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -143,6 +142,14 @@ class MatrixWeight:
 
     def solve(self, x: Tensor) -> Tensor:
         return (x @ self.Zh.mT) / self.s @ self.P.mT
+
+
+def negligible(R: Tensor) -> float:
+    """Relative weight that counts as none: the root of rounding, as the root of a singular Gram matrix has it for zeros.
+
+    Leaving such a direction out changes the weighted loss by 1e-7 of ‖M R‖; keeping it divides by noise.
+    """
+    return sqrt(max(R.shape) * torch.finfo(R.dtype).eps)
 
 
 def is_upper(R: Tensor) -> bool:
@@ -154,4 +161,4 @@ def is_invertible_triangle(R: Tensor) -> bool:
     if R.shape[0] != R.shape[1] or not (is_upper(R) or torch.equal(R, R.tril())):
         return False
     d = R.diagonal().abs()
-    return bool(d.min() > d.max() * len(d) * torch.finfo(R.dtype).eps) if len(d) else False
+    return bool(d.min() > negligible(R) * d.max()) if len(d) else False

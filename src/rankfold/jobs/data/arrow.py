@@ -49,15 +49,15 @@ def read_saved(folder: Path, wanted: Mapping[str, str], limits: Limits, split: s
 
     Raises UnknownName for a missing split or column, FileError for damaged files.
     """
-    import pyarrow
-
     if (folder / "dataset_dict.json").is_file():
         folder = folder / _chosen_split(folder, split)
-    shards = [folder / _file_name(item, folder) for item in _json(folder / "state.json").get("_data_files") or ()]
+    listed = _json(folder / "state.json").get("_data_files")
+    shards = [folder / _file_name(item, folder) for item in listed] if isinstance(listed, list) else []
     if not shards:
         raise FileError(f"{folder}: state.json names no data files")
 
     def load() -> Any:
+        import pyarrow
         import pyarrow.ipc
 
         tables = []

@@ -78,6 +78,6 @@ def _check_classes(table: Table, classes: int) -> None:
     found = sorted(set(table["label"]))
     if len(found) < classes:
         raise DataError(
-            f"{table.source}: {len(found)} class only ({found[0]!r} in all {len(table):,} rows); {classes} are needed to learn from\n"
+            f"{table.source}: {len(found)} class only ({', '.join(map(repr, found))}) in {len(table):,} rows; {classes} needed\n"
             "  if the label is another column: --columns label=NAME"
         )

@@ -63,7 +63,9 @@ def _parse(text: str, wanted: Mapping[str, str], source: str, delimiter: str, qu
             for role, index in place.items():
                 columns[role].append(row[index])
     except csv.Error as cause:
-        raise DataError(f"{source}: line {reader.line_num:,}: {cause}\n  a quote inside a quoted field is written twice") from None
+        raise DataError(
+            f"{source}: line {reader.line_num:,}: {cause}\n  a quote inside a quoted field is written twice"
+        ) from None
     finally:
         csv.field_size_limit(before)
     return columns

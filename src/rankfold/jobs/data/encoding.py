@@ -24,14 +24,14 @@ def decode(data: bytes, source: str, encoding: str | None = None) -> str:
     """
     try:
         return data.decode(encoding or "utf-8-sig")
-    except LookupError:
-        raise UnknownName.of("encoding", str(encoding), set(encodings.aliases.aliases.values())) from None
     except UnicodeDecodeError as cause:
         offset, name = cause.start, (encoding or "UTF-8")
         place = f"byte 0x{data[offset]:02X} at offset {offset:,} (line {data[:offset].count(10) + 1:,})"
         raise DataError(f"{source}: not {name}: {place}\n  {_advice(data, encoding)}") from None
     except UnicodeError as cause:  # codecs without an offset of their own, for instance utf-16 of odd length
         raise DataError(f"{source}: not {encoding}: {cause}\n  {_advice(data, encoding)}") from None
+    except (LookupError, ValueError):  # ValueError: a null character in the name
+        raise UnknownName.of("encoding", str(encoding), set(encodings.aliases.aliases.values())) from None
 
 
 def _advice(data: bytes, encoding: str | None) -> str:

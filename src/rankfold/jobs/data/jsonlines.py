@@ -43,7 +43,9 @@ def _load(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as cause:
-        raise DataError(f"{place}: not JSON: {cause.msg} at character {cause.pos + 1:,}: {text[cause.pos : cause.pos + 40]!r}") from None
+        raise DataError(
+            f"{place}: not JSON: {cause.msg} at character {cause.pos + 1:,}: {text[cause.pos : cause.pos + 40]!r}"
+        ) from None
     except (ValueError, RecursionError) as cause:  # numbers of thousands of digits; thousands of open brackets
         raise DataError(f"{place}: not JSON that can be read: {cause}") from None
 

@@ -95,6 +95,6 @@ def label_ids(labels: Table | Iterable[str], names: Sequence[str]) -> list[int]:
     if unknown:
         close = ", ".join(nearest(unknown[0], place))
         raise DataError(
-            f"{source}: {len(unknown)} of its labels do not occur in training; the first is {unknown[0]!r}, nearest known: {close}"
+            f"{source}: {len(unknown)} labels that training does not know, the first {unknown[0]!r}; nearest known: {close}"
         )
     return [place[label] for label in values]

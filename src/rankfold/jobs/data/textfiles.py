@@ -7,20 +7,20 @@ from rankfold.errors import DataError
 from rankfold.jobs.data.encoding import decode
 from rankfold.jobs.data.limits import Limits
 
-__all__ = ["read_text_file", "read_text_folder"]
+__all__ = ["parse_text", "read_text_folder"]
 
 
-def read_text_file(
-    path: Path, wanted: Mapping[str, str], limits: Limits, encoding: str | None = None, whole: bool = False
-) -> dict[str, list[str]]:
-    """A .txt file: one document (`whole`), or one row a line, `label text` where a label is wanted, else the text.
+def parse_text(text: str, wanted: Mapping[str, str], source: str, whole: bool = False) -> dict[str, list[str]]:
+    """The text of a .txt file: one document (`whole`), or one row a line, `label text` where a label is wanted, else the text.
 
     A line's label is its first word, and the text is what follows it. Empty lines are skipped.
 
     Raises DataError for a line that has a label only, and when other columns are wanted.
+
+    >>> parse_text("1 a fine film\\n0 a waste of time\\n", {"text": "text", "label": "label"}, "films.txt")
+    {'text': ['a fine film', 'a waste of time'], 'label': ['1', '0']}
     """
-    _check_roles(wanted, path)
-    text = decode(limits.load(path), str(path), encoding)
+    _check_roles(wanted, source)
     if whole:
         return {"text": [text]}
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -30,7 +30,7 @@ def read_text_file(
     for number, line in lines:
         label, *rest = line.split(maxsplit=1)
         if not rest:
-            raise DataError(f"{path}: line {number:,} is one word; expected a label, a space and the text: {line[:40]!r}")
+            raise DataError(f"{source}: line {number:,} is one word; expected a label, a space and the text: {line[:40]!r}")
         columns["label"].append(label)
         columns["text"].append(rest[0])
     return columns
@@ -43,23 +43,29 @@ def read_text_folder(
 
     Raises DataError when there is no .txt file, or a label is wanted and the files lie directly in the folder.
     """
-    _check_roles(wanted, folder)
+    _check_roles(wanted, str(folder))
     files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
     limits.check_files(len(files), str(folder))
     limits.check_size(sum(path.stat().st_size for path in files), str(folder))
     if not files:
-        raise DataError(f"{folder}: no .txt file in it\n  expected *.txt, or one sub-folder of *.txt per class, or a saved data set")
+        raise DataError(
+            f"{folder}: no .txt file in it\n  expected *.txt, or one sub-folder of *.txt per class, or a saved data set"
+        )
     columns: dict[str, list[str]] = {role: [] for role in wanted}
     for path in files:
         parts = path.relative_to(folder).parts
         if "label" in wanted:
             if len(parts) == 1:
-                raise DataError(f"{path}: lies in no class folder\n  expected {folder / 'CLASS' / path.name}: one sub-folder per class")
+                raise DataError(
+                    f"{path}: lies in no class folder\n  expected {folder / 'CLASS' / path.name}: one sub-folder per class"
+                )
             columns["label"].append(parts[0])
         columns["text"].append(decode(limits.load(path), str(path), encoding))
     return columns
 
 
-def _check_roles(wanted: Mapping[str, str], path: Path) -> None:
+def _check_roles(wanted: Mapping[str, str], source: str) -> None:
     if "text" not in wanted:
-        raise DataError(f"{path}: plain text has no columns {', '.join(wanted)}\n  use csv, tsv, jsonl, parquet or a saved data set")
+        raise DataError(
+            f"{source}: plain text has no columns {', '.join(wanted)}\n  use csv, tsv, jsonl, parquet or a saved data set"
+        )

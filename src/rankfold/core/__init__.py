@@ -1,0 +1,46 @@
+"""Sites, bases, structures, the planner, hosts: how a change of a weight stands in a model. Names are imported on first use."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "AXES": "registry", "Entry": "registry", "entries": "registry", "find": "registry", "load_file": "registry",
+    "register": "registry", "resolve": "registry",
+    "SITE_KINDS": "site", "Site": "site", "Targets": "site", "every_site": "site", "find_sites": "site",
+    "find_blocks": "blocks",
+    "Options": "options", "option_names": "options",
+    "Base": "base", "DenseBase": "base", "base_of": "base",
+    "Context": "structure", "Decorator": "structure", "Offset": "structure", "SideModule": "structure", "Spec": "structure",
+    "Stack": "structure", "StartContext": "structure", "Structure": "structure", "Tensors": "structure", "kaiming": "structure",
+    "layers": "structure", "trait": "structure",
+    "PLANS": "planner", "Program": "planner", "explain": "planner", "run": "planner",
+    "Member": "store", "Slot": "store", "Store": "store", "Extra": "store", "store_of": "store",
+    "Host": "host", "site_program": "host",
+    "attach": "attaching", "check_sites": "attaching", "add_extra": "attaching", "detach": "attaching", "specs_of": "attaching",
+    "fold": "folding", "unfold": "folding", "folded_weights": "folding",
+    "probe": "probing", "call_model": "probing", "CallWatch": "probing",
+}  # fmt: skip
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+if TYPE_CHECKING:
+    from .attaching import add_extra, attach, check_sites, detach, specs_of
+    from .base import Base, DenseBase, base_of
+    from .blocks import find_blocks
+    from .folding import fold, folded_weights, unfold
+    from .host import Host, site_program
+    from .options import Options, option_names
+    from .probing import CallWatch, call_model, probe
+    from .registry import AXES, Entry, entries, find, load_file, register, resolve
+    from .planner import PLANS, Program, explain, run
+    from .site import SITE_KINDS, Site, Targets, every_site, find_sites
+    from .store import Extra, Member, Slot, Store, store_of
+    from .structure import (
+        Context, Decorator, Offset, SideModule, Spec, Stack, StartContext, Structure, Tensors, kaiming, layers, trait,
+    )

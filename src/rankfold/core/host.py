@@ -1,0 +1,202 @@
+"""How a change gets into a model: the site's module changes class in place and its forward asks the host first.
+
+The module keeps its place, its name, its state_dict keys and its isinstance answers; only `forward` is new.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayoutError
+from rankfold.linalg import Operator, Scaled, Sum, difference
+
+from .base import base_of
+from .planner import Program, run
+from .site import Site
+from .store import Extra, Slot, Store
+from .structure import Context, trait
+
+__all__ = ["Host", "fold_weight", "host_module", "hosted", "refusal", "release_module", "site_program", "swapped"]
+
+
+class Host:
+    """What stands behind a hosted module: its adapters' slots by site, its extra parameters, its side modules, and a call counter."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self.store = store
+        self.path = path
+        self.slots: dict[str, list[Slot]] = {}
+        self.extras: list[tuple[str, Extra]] = []
+        self.sides: list[Slot] = []
+        self.calls = 0
+
+    @property
+    def empty(self) -> bool:
+        return not (self.slots or self.extras or self.sides)
+
+    def forward(self, module: nn.Module, native: Any, args: tuple, kwargs: dict) -> Any:
+        store = self.store
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+        if not store.enabled or not store.active:
+            return native(module, *args, **kwargs)
+        with swapped(module, self._own(store)) if self.extras else nullcontext():
+            on = {} if store.is_folded else {k: [s for s in v if s.member.name in store.active] for k, v in self.slots.items()}
+            if any(on.values()):
+                y = self._changed(module, on, args[0] if args else next(iter(kwargs.values())))
+            else:
+                y = native(module, *args, **kwargs)
+        for slot in self.sides:
+            if slot.member.name in store.active:
+                y = _first(y, lambda h, slot=slot: self._beside(module, slot, h))
+        return y
+
+    def _beside(self, module: nn.Module, slot: Slot, h: Tensor) -> Tensor:
+        weight = self.store.active[slot.member.name]
+        changed = slot.structure.forward(h, slot.t(self.store), slot.site, Context(module.training))
+        return changed if isinstance(weight, float | int) and weight == 1.0 else h + weight * (changed - h)
+
+    def _own(self, store: Store) -> dict[str, Tensor]:
+        return {extra.param: store.tensor(extra.key) for name, extra in self.extras if name in store.active}
+
+    def _changed(self, module: nn.Module, on: dict[str, list[Slot]], x: Tensor) -> Tensor:
+        slots = [group for group in on.values() if group]
+        if len(slots) == 1 and slots[0][0].site.rows is None:
+            return self._site(module, slots[0], x, getattr(module, "bias", None))
+        out = slots[0][0].base.module.weight.shape[0 if slots[0][0].site.kind == "linear" else 1]
+        pieces, position = [], 0
+        for group in sorted(slots, key=lambda g: g[0].site.rows):
+            start, stop = group[0].site.rows
+            if position < start:
+                pieces.append(self._plain_rows(module, group[0].site, (position, start), x))
+            pieces.append(self._site(module, group, x, _rows_of(getattr(module, "bias", None), (start, stop))))
+            position = stop
+        if position < out:
+            pieces.append(self._plain_rows(module, slots[0][0].site, (position, out), x))
+        return torch.cat(pieces, -1)
+
+    def _plain_rows(self, module: nn.Module, like_site: Site, rows: tuple[int, int], x: Tensor) -> Tensor:
+        site = Site(self.path, (rows[1] - rows[0], like_site.shape[1]), like_site.kind, rows=rows)
+        base = base_of(module, site)
+        if like_site.kind == "embedding":
+            return base.columns(x)
+        return run(Program(base, lambda leaves, x: base, ()), x, _rows_of(getattr(module, "bias", None), rows), "plain")
+
+    def _site(self, module: nn.Module, slots: Sequence[Slot], x: Tensor, bias: Tensor | None) -> Tensor:
+        program = site_program(self.store, slots, module.training)
+        if slots[0].site.kind == "embedding":
+            return program.expression().columns(x)
+        return run(program, x, bias, self.store.plan, self.store.memory)
+
+
+def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program:
+    """One adapter at weight 1: its own expression. Several, or weighted: W + Σ_k w_k (expr_k − W), the sum of their changes."""
+    ts = [slot.t(store) for slot in slots]
+    weights = [store.active.get(slot.member.name, 1.0) for slot in slots]
+    stochastic = training and any(trait(s.structure, "stochastic") for s in slots)
+    needs_x = any(trait(s.structure, "input_dependent") for s in slots)
+    seeds = [int(torch.randint(0, 2**62, ())) if stochastic else None for _ in slots]
+    base = slots[0].base
+    alone = len(slots) == 1 and isinstance(weights[0], float | int) and weights[0] == 1.0
+    context = store.context
+    leaves = [leaf for t in ts for leaf in t] + [w for w in weights if isinstance(w, Tensor)]
+
+    def build(values: Sequence[Tensor], x: Tensor | None) -> Operator:
+        values, terms = list(values), [base]
+        scales = iter(values[sum(len(t) for t in ts) :])
+        for slot, t, weight, seed in zip(slots, ts, weights, seeds):
+            here, values = type(t)(*values[: len(t)]), values[len(t) :]
+            ctx = Context(
+                training, x, context.weights, context.token_mask, context.conditioning, context.time, seed
+            )
+            expr = slot.weight(here, ctx)
+            if alone:
+                return expr
+            number = next(scales) if isinstance(weight, Tensor) else weight
+            terms.append(Scaled(difference(expr, base), number))
+        return Sum(tuple(terms))
+
+    return Program(base, build, leaves, not (stochastic or needs_x), needs_x, slots[0].cache if alone else None)
+
+
+def _first(output: Any, change: Any) -> Any:
+    """A block's output with its hidden state changed: the tensor itself, or the first of a tuple."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return change(output)
+
+
+def _rows_of(bias: Tensor | None, rows: tuple[int, int]) -> Tensor | None:
+    return None if bias is None else bias[rows[0] : rows[1]]
+
+
+@contextmanager
+def swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """The module with other tensors under its parameters' names, for one call."""
+    before = {name: module._parameters[name] for name in tensors}
+    try:
+        module._parameters.update(tensors)  # type: ignore[arg-type]
+        yield
+    finally:
+        module._parameters.update(before)
+
+
+@functools.cache
+def hosted(cls: type[nn.Module]) -> type[nn.Module]:
+    """The cached subclass of `cls` whose forward asks the host first. It keeps the name of `cls`, and pickles and copies as itself."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_rankfold"].forward(self, cls.forward, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any = None) -> Any:
+        return _revive, (cls,), self.__dict__
+
+    forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # signatures are read by libraries that filter arguments
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_native": cls}
+    return type(cls.__name__, (cls,), body)
+
+
+def _revive(cls: type[nn.Module]) -> nn.Module:
+    kind = hosted(cls)
+    return kind.__new__(kind)
+
+
+def host_module(store: Store, path: str, module: nn.Module) -> Host:
+    """Give a module its host: the class changes, the object stays."""
+    host = module.__dict__.get("_rankfold")
+    if host is None:
+        host = Host(store, path)
+        module.__dict__["_rankfold"] = host
+        module.__class__ = hosted(type(module))
+    return host
+
+
+def release_module(module: nn.Module) -> None:
+    """The module as it was before `host_module`."""
+    if module.__dict__.pop("_rankfold", None) is not None:
+        module.__class__ = type(module)._native  # type: ignore[attr-defined]
+
+
+def refusal(module: nn.Module, site: Site) -> str | None:
+    """Why this module can't host a site by its own forward, or None."""
+    known = {"linear": nn.Linear.forward, "embedding": nn.Embedding.forward}.get(site.kind)
+    forward = getattr(type(module), "_native", type(module)).forward
+    if known is not None and forward is not known:
+        return f"its class {type(module).__name__} has a forward of its own"
+    if site.kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "max_norm rewrites the weight during the forward pass"
+    return None
+
+
+def fold_weight(program: Program) -> Tensor:
+    """W' of a program in at least float32, [out, in]."""
+    if not program.dense_ok:
+        raise LayoutError("this change depends on the input: it can't be folded into a weight")
+    with torch.no_grad():
+        return program.expression().dense()

@@ -1,0 +1,337 @@
+"""The planner: the one place that decides how an expression in W runs.
+
+    fused        Base + LowRank(s) [+ Magnitude]: one autograd function
+    structured   the base by its own product, every other term by its own; intermediates kept, or recomputed from the site's tensors
+    effective    build W', rebuild it in backward: universal, keeps only x and the site's tensors
+    plain        pure autograd: under torch.compile, functorch, for second derivatives, or over a base that trains
+
+Custom functions are once-differentiable; whoever needs second derivatives asks for plan="plain".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankfold.errors import LayoutError, OptionError
+from rankfold.kernels import lowrank_linear, magnitude_linear
+from rankfold.kernels.magnitude import amplify
+from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
+from rankfold.linalg.dropout import Dropout
+
+from . import costs
+from .base import Base
+
+__all__ = ["MEMORY", "PLANS", "Program", "explain", "run"]
+
+PLANS = ("auto", "fused", "structured", "effective", "plain")
+MEMORY = ("auto", "keep", "recompute")
+
+
+class Fused(NamedTuple):
+    """The pieces of an expression that a fused kernel takes."""
+
+    magnitude: Magnitude | None
+    B: Tensor | None
+    A: Tensor | None
+    scale: float
+    B0: Tensor | None
+    A0: Tensor | None
+    drop: tuple[float, int] | None
+
+
+@dataclass
+class Program:
+    """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate looks at it).
+
+    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists. `cache` holds row norms.
+    """
+
+    base: Base
+    build: Callable[[Sequence[Tensor], Tensor | None], Operator]
+    leaves: Sequence[Tensor]
+    dense_ok: bool = True
+    needs_x: bool = False
+    cache: dict | None = None
+
+    def expression(self, leaves: Sequence[Tensor] | None = None, x: Tensor | None = None) -> Operator:
+        return simplify(self.build(self.leaves if leaves is None else leaves, x))
+
+
+def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "auto", memory: str = "auto") -> Tensor:
+    """y = x W'ᵀ + bias for the program's W', by the plan named or the cheapest.
+
+    Products run in the dtype that nn.Linear would use here (autocast's, else that of x); gains, norms and factor algebra in float32.
+
+    Raises:
+        LayoutError: the plan named cannot run this expression (no fused form; no W' where a gate depends on the input).
+    """
+    if plan not in PLANS:
+        raise OptionError(f"plan: got {plan!r}; allowed: {', '.join(PLANS)}")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _run(program, x, bias, plan, memory)
+    return _run(program, x, bias, plan, memory)
+
+
+def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: str) -> Tensor:
+    if plan == "plain" or (plan == "auto" and _must_be_plain(program)):
+        return _plain(program, x, bias)
+    expr = program.expression(x=x if program.needs_x else None)
+    if plan in ("auto", "fused"):
+        fused = _fused_form(expr, program.base)
+        if fused is not None:
+            return _run_fused(program, fused, x, bias)
+        if plan == "fused":
+            raise LayoutError(f"plan 'fused': no fused form for {describe(expr, program.base)}; allowed here: structured, effective, plain")
+    tokens = x.numel() // x.shape[-1]
+    if plan == "auto":
+        plan, memory = _choose(program, expr, tokens, memory)
+    if plan == "effective":
+        if not program.dense_ok:
+            raise LayoutError("plan 'effective': the change depends on the input or on chance, so there is no one weight to build")
+        return _Effective.apply(program, x, bias, *program.leaves)
+    if memory == "auto":
+        memory = "recompute" if costs.prefer_recompute(_extra(expr, program.base, tokens), program.base.flops(tokens)) else "keep"
+    return _structured(program, expr, x, bias, memory)
+
+
+def _must_be_plain(program: Program) -> bool:
+    return torch.compiler.is_compiling() or program.base.trains() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain(program: Program, x: Tensor, bias: Tensor | None) -> Tensor:
+    expr = program.expression(x=x if program.needs_x else None)
+    if isinstance(expr, Sum) and expr.terms[0] is program.base:  # the bias goes in with the base: the same bits as nn.Linear
+        y = program.base.matmul(x, bias)
+        for term in expr.terms[1:]:
+            y = y + term.matmul(x)
+        return y
+    if expr is program.base:
+        return program.base.matmul(x, bias)
+    y = expr.matmul(x)
+    return y if bias is None else y + like(bias, y)
+
+
+def _factors(op: Operator) -> tuple | None:
+    """(B, A, scale, B0, A0, drop) of one low-rank term, or None."""
+    p_seed = None
+    if isinstance(op, Product) and isinstance(op.right, Dropout):
+        p_seed, op = (op.right.p, op.right.seed), op.left
+    if op.batch:
+        return None
+    plain_scale = not isinstance(getattr(op, "scale", 1.0), Tensor)
+    if isinstance(op, Deviation):
+        if op.diag is None and plain_scale:
+            return op.B, op.A, op.scale, op.B0, op.A0, p_seed
+        op = op.stacked()
+        plain_scale = not isinstance(op.scale, Tensor)
+    if not isinstance(op, LowRank):
+        return None
+    if op.diag is None and op.core is None and plain_scale:
+        return op.B, op.A, op.scale, None, None, p_seed
+    B, A = op.factors()
+    return B, A, 1.0, None, None, p_seed
+
+
+def _fused_form(expr: Operator, base: Base) -> Fused | None:
+    magnitude = None
+    if isinstance(expr, Magnitude):
+        if not expr.detach:
+            return None
+        magnitude, expr = expr, expr.inner
+    if expr is base:
+        return Fused(magnitude, None, None, 1.0, None, None, None) if magnitude is not None else None
+    if not (isinstance(expr, Sum) and len(expr.terms) == 2 and expr.terms[0] is base):
+        return None
+    factors = _factors(expr.terms[1])
+    return Fused(magnitude, *factors) if factors is not None else None
+
+
+def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
+    if f.magnitude is None:
+        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop)
+    return magnitude_linear(
+        x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude), f.B, f.A, f.scale, f.B0, f.A0, f.drop
+    )
+
+
+def like_master(m: Tensor) -> Tensor:
+    return m if m.dtype in (torch.float32, torch.float64) else m.float()
+
+
+def _norm(program: Program, op: Magnitude) -> Tensor:
+    """Row norms, formed once per version of the tensors: micro-batches and checkpoint recomputation share them."""
+    if program.cache is None:
+        return op.norm()
+    key = tuple((t.data_ptr(), t._version) for t in program.leaves)
+    if program.cache.get("key") != key:
+        program.cache.update(key=key, norm=op.norm())
+    return program.cache["norm"]
+
+
+def _extra(expr: Operator, base: Base, tokens: int) -> int:
+    return max(0, expr.flops(tokens) - base.flops(tokens))
+
+
+def _choose(program: Program, expr: Operator, tokens: int, memory: str) -> tuple[str, str]:
+    grad = torch.is_grad_enabled()
+    extra, own = _extra(expr, program.base, tokens), program.base.flops(tokens)
+    splits = _splits(expr, program.base)
+    if memory == "auto":
+        memory = "recompute" if costs.prefer_recompute(extra, own) else "keep"
+    if not program.dense_ok:
+        return ("structured" if splits else "plain"), memory
+    if not splits:
+        return "effective", memory
+    structured = costs.structured_cost(extra, memory == "keep", grad)
+    return ("structured" if structured <= costs.effective_cost(expr, tokens, grad) else "effective"), memory
+
+
+def _splits(expr: Operator, base: Base) -> bool:
+    """Whether every occurrence of the base can run by the base's own product."""
+    if expr is base or not contains(expr, base):
+        return True
+    if isinstance(expr, Magnitude | Scaled):
+        return _splits(expr.inner, base)
+    if isinstance(expr, Sum):
+        return all(_splits(t, base) for t in expr.terms)
+    if isinstance(expr, Product):
+        return not (contains(expr.left, base) and contains(expr.right, base)) and _splits(expr.left, base) and _splits(expr.right, base)
+    return False
+
+
+def _structured(program: Program, expr: Operator, x: Tensor, bias: Tensor | None, memory: str) -> Tensor:
+    if not _splits(expr, program.base):
+        raise LayoutError(f"plan 'structured': {describe(expr, program.base)} needs the base built; allowed here: effective, plain")
+    if not torch.is_grad_enabled():
+        memory = "keep"
+    base = program.base
+
+    def apply(op: Operator, path: tuple, z: Tensor) -> Tensor:
+        if memory == "keep":
+            return op.matmul(z)
+        return _Recompute.apply(program, path, x if program.needs_x else None, z, *program.leaves)
+
+    def walk(op: Operator, path: tuple, z: Tensor, b: Tensor | None) -> Tensor:
+        if op is base:
+            return base.matmul(z, b)
+        if not contains(op, base):
+            return _plus(apply(op, path, z), b)
+        if isinstance(op, Magnitude):
+            return _plus(amplify(walk(op.inner, (*path, "inner"), z, None), op.gain()), b)
+        if isinstance(op, Scaled):
+            return _plus(walk(op.inner, (*path, "inner"), z, None) * op.number, b)
+        if isinstance(op, Product):
+            if contains(op.left, base):
+                return walk(op.left, (*path, "left"), apply(op.right, (*path, "right"), z), b)
+            return _plus(apply(op.left, (*path, "left"), walk(op.right, (*path, "right"), z, None)), b)
+        assert isinstance(op, Sum)
+        order = sorted(range(len(op.terms)), key=lambda k: not contains(op.terms[k], base))
+        y = walk(op.terms[order[0]], (*path, order[0]), z, b)
+        for k in order[1:]:
+            y = y + walk(op.terms[k], (*path, k), z, None)
+        return y
+
+    return walk(expr, (), x, bias)
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + like(bias, y)
+
+
+def _at(expr: Operator, path: tuple) -> Operator:
+    for step in path:
+        expr = expr.terms[step] if isinstance(step, int) else getattr(expr, step)
+    return expr
+
+
+def _fresh(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().requires_grad_(t.requires_grad and t.is_floating_point()) for t in tensors]
+
+
+def _pullback(y: Tensor, gy: Tensor, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if not wanted or not y.requires_grad:
+        return [None] * len(inputs)
+    grads = iter(torch.autograd.grad(y, wanted, gy, allow_unused=True))
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
+
+
+class _Recompute(torch.autograd.Function):
+    """One sub-expression applied to z; saves z and the site's tensors only, and never holds the base."""
+
+    @staticmethod
+    def forward(ctx: Any, program, path, x, z, *leaves):
+        ctx.program, ctx.path = program, path
+        ctx.save_for_backward(x, z, *leaves)
+        return _at(program.expression(leaves, x), path).matmul(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy):
+        with torch.enable_grad():
+            x, z, *leaves = _fresh(ctx.saved_tensors)
+            y = _at(ctx.program.expression(leaves, x), ctx.path).matmul(z)
+            return None, None, *_pullback(y, gy, [x, z, *leaves])
+
+
+class _Effective(torch.autograd.Function):
+    """x W'ᵀ + bias with W' built twice instead of stored; one product forward, gᵀx once."""
+
+    @staticmethod
+    def forward(ctx: Any, program, x, bias, *leaves):
+        ctx.program = program
+        ctx.save_for_backward(x, *leaves)
+        W = program.expression(leaves).dense()
+        return F.linear(x, like(W, x), None if bias is None else like(bias, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy):
+        x, *saved = ctx.saved_tensors
+        g, flat = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        with torch.enable_grad():
+            leaves = _fresh(saved)
+            W = ctx.program.expression(leaves).dense()
+        gx = (g @ like(W.detach(), g)).view(x.shape) if ctx.needs_input_grad[1] else None
+        gb = g.sum(0) if ctx.needs_input_grad[2] else None
+        return None, gx, gb, *_pullback(W, (g.mT @ flat).to(W.dtype), leaves)
+
+
+def describe(expr: Operator, base: Operator) -> str:
+    """A short reading of an expression: Magnitude(W + LowRank)."""
+    if expr is base:
+        return "W"
+    if isinstance(expr, Sum):
+        return " + ".join(describe(t, base) for t in expr.terms)
+    if isinstance(expr, Product):
+        return f"{describe(expr.left, base)} @ {describe(expr.right, base)}"
+    inner = ", ".join(describe(c, base) for c in expr.children())
+    return f"{type(expr).__name__}({inner})" if inner else type(expr).__name__
+
+
+def explain(program: Program, tokens: int, memory: str = "auto", x: Tensor | None = None) -> dict[str, Any]:
+    """What the planner would do for that many tokens, and why: plan, memory, expression, and the costs it compared."""
+    expr = program.expression(x=x)
+    reading = describe(expr, program.base)
+    if _fused_form(expr, program.base) is not None:
+        return {"plan": "fused", "memory": "keep", "expression": reading}
+    plan, memory = _choose(program, expr, tokens, memory)
+    extra = _extra(expr, program.base, tokens)
+    return {
+        "plan": plan,
+        "memory": memory,
+        "expression": reading,
+        "structured": costs.structured_cost(extra, memory == "keep", True),
+        "effective": costs.effective_cost(expr, tokens, True),
+    }

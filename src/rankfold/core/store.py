@@ -1,0 +1,245 @@
+"""The registered child `model.rankfold`: every adapter's tensors, and which adapters are on.
+
+Trainable tensors are ordinary Parameters of this child, so optimizers, `.to`, deepcopy and sharding see them, while every
+state_dict of the model holds the base alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayoutError, UnknownName
+from rankfold.linalg import Operator
+
+from .base import Base
+from .site import Site
+from .structure import Context, Structure, Tensors
+
+__all__ = ["Extra", "Member", "Slot", "Store", "store_of"]
+
+CHILD = "rankfold"
+
+@dataclass(eq=False)
+class Slot:
+    """One adapter at one site: its structure there, and where its tensors stand in the store.
+
+    `binding` maps each field of t to (name in the store, slices): shared tensors hand out slices. The fields that `emits` names are
+    filled by `prepare`, once per forward of the model. A side module has no base.
+    """
+
+    member: Member
+    site: Site
+    structure: Structure
+    base: Base | None
+    binding: dict[str, tuple[str, tuple[slice, ...] | None]]
+    fields: tuple[str, ...] = ()
+    emits: tuple[str, ...] = ()
+    emitted: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)
+    _t: Tensors = None
+    _version: int = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_t": None, "_version": -1}
+
+    def t(self, store: Store) -> Tensors:
+        """The namedtuple of the site's tensors; made once, and again only when tensors were replaced or are slices that train."""
+        if self._t is not None and self._version == store.version:
+            return self._t
+        values = [self._read(store, name) for name in self.fields]
+        t = _tuple_class(self.fields)(*values)
+        fixed = not self.emits and all(s is None or not store.tensor(n).requires_grad for n, s in self.binding.values())
+        if fixed and not torch.compiler.is_compiling():
+            self._t, self._version = t, store.version
+        return t
+
+    def _read(self, store: Store, name: str) -> Tensor:
+        if name not in self.binding:
+            return self.emitted[name]
+        key, slices = self.binding[name]
+        tensor = store.tensor(key)
+        return tensor if slices is None else tensor[slices]
+
+    def weight(self, t: Tensors, ctx: Context | None = None) -> Operator:
+        assert self.base is not None
+        return self.structure.weight(self.base, t, self.site, ctx)
+
+
+@functools.cache
+def _tuple_class(fields: tuple[str, ...]) -> type:
+    return namedtuple("Tensors", fields)
+
+
+@dataclass(eq=False)
+class Extra:
+    """One parameter of the model that an adapter trains in a copy of its own: heads, biases, norms."""
+
+    module: str
+    param: str
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.param}" if self.module else self.param
+
+
+@dataclass(eq=False)
+class Member:
+    """One named adapter of a model: its structure, slots by site key, shared tensors and extra tensors."""
+
+    name: str
+    structure: Structure
+    slots: dict[str, Slot] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, Extra] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def keys(self) -> list[str]:
+        """Names in the store of everything that this adapter owns, each once."""
+        own = [key for slot in self.slots.values() for key, _ in slot.binding.values()]
+        return list(dict.fromkeys([*own, *self.shared.values(), *(e.key for e in self.extras.values())]))
+
+
+class Store(nn.Module):
+    """The registered child `model.rankfold`: every adapter's tensors, and which adapters are on.
+
+    It adds nothing to any state_dict: checkpoints of the model hold the base's keys only, adapters have files of their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)  # plain reference: a registered one would make the model its own grandchild
+        self.members: dict[str, Member] = {}
+        self.active: dict[str, float | Tensor] = {}
+        self.enabled = True
+        self.version = 0
+        self.plan, self.memory = "auto", "auto"
+        self.context = Context()
+        self.folded: dict[str, list[tuple[str, str, nn.Parameter]]] = {}
+        self.trainable_before: dict[str, bool] = {}
+        self.handle: Any = None
+        self.watchers: list[Any] = []
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward),
+        ]
+
+    def uninstall(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def forward(self, x: Any) -> Any:
+        """The identity: a model that runs all its children in turn (nn.Sequential) runs this one too."""
+        return x
+
+    # tensors
+
+    @staticmethod
+    def flat(key: str) -> str:
+        return key.replace(".", "|")
+
+    def put(self, key: str, value: Tensor, trainable: bool) -> None:
+        """Register a tensor; integer ones become buffers."""
+        name = self.flat(key)
+        if value.is_floating_point():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
+        else:
+            self.register_buffer(name, value, persistent=False)
+        self.version += 1
+
+    def tensor(self, key: str) -> Tensor:
+        return getattr(self, self.flat(key))
+
+    def replace(self, key: str, value: Tensor) -> None:
+        """Another tensor under the same name (a rank edit): the Parameter object is new."""
+        old = self.tensor(key)
+        self.drop(key)
+        self.put(key, value, old.requires_grad)
+
+    def drop(self, key: str) -> None:
+        name = self.flat(key)
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        self.version += 1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Store:
+        super()._apply(fn, recurse)
+        self.version += 1
+        for member in self.members.values():
+            for slot in member.slots.values():
+                slot.cache.clear()
+        return self
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        return None
+
+    # on and off
+
+    def switch(self, active: dict[str, float | Tensor]) -> None:
+        for name in active:
+            if name not in self.members:
+                raise UnknownName.of("adapter", name, self.members)
+        self.active = dict(active)
+        self.version += 1
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @property
+    def is_folded(self) -> bool:
+        return bool(self.folded)
+
+    # the model's forward as a whole
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.enabled and not torch.compiler.is_compiling():
+            for watcher in self.watchers:
+                watcher.before_forward(self)
+        for name in self.active if self.enabled else ():
+            emit(self, self.members[name])
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.enabled and self.active and not torch.compiler.is_compiling():
+            for watcher in list(self.watchers):
+                watcher.after_forward(self)
+
+
+def emit(store: Store, member: Member) -> None:
+    """Let the structure's `prepare` fill the tensors of scope "emitted", for all sites at once."""
+    slots = [slot for slot in member.slots.values() if slot.emits]
+    if not slots:
+        return
+    shared = _tuple_class(tuple(member.shared))(*(store.tensor(key) for key in member.shared.values()))
+    for slot in slots:
+        slot.emitted = dict.fromkeys(slot.emits)  # type: ignore[arg-type]
+    made = slots[0].structure.prepare(shared, {s.site.key: s.t(store) for s in slots}, [s.site for s in slots])
+    for slot in slots:
+        slot.emitted = (made or {})[slot.site.key]
+
+
+def store_of(model: nn.Module, create: bool = False) -> Store | None:
+    """The store of a model, or None; `create` makes and registers one."""
+    store = model._modules.get(CHILD)
+    if store is None and create:
+        if hasattr(model, CHILD):
+            raise LayoutError(f"{type(model).__name__} has an attribute 'rankfold' of its own; adapters can't be registered there")
+        store = Store(model)
+        model.add_module(CHILD, store)
+    return store if isinstance(store, Store) else None

@@ -1,0 +1,118 @@
+"""y = x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ as one autograd function, for a frozen W and for a product measured from its start.
+
+Kept for backward: x (if A trains) and h = drop(x) Aᵀ (if B trains), in the dtype of the activation; never y, a cast or a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankfold.linalg.dropout import keep_mask
+
+__all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
+
+Drop = tuple[float, int] | None
+"""(p, seed) of the dropout in front of A, or None."""
+
+
+def stack_factors(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors to multiply by, in `dtype`: (B, A), or ([B − B₀, B₀], [A; A − A₀]) with the differences taken at full precision."""
+    if B0 is None or A0 is None:
+        return B.to(dtype), A.to(dtype)
+    return torch.cat([B - B0, B0], 1).to(dtype), torch.cat([A, A - A0], 0).to(dtype)
+
+
+def drop(x: Tensor, p_seed: Drop) -> Tensor:
+    if p_seed is None:
+        return x
+    p, seed = p_seed
+    return x * keep_mask(x.shape, p, seed, x.device).to(x.dtype).mul_(1.0 / (1.0 - p))
+
+
+def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: Drop) -> Tensor:
+    """y += s·(drop(x) Aᵀ) Bᵀ in place; gives h."""
+    h = drop(x, p_seed) @ As.mT
+    y.addmm_(h, Bs.mT, alpha=scale)
+    return h
+
+
+def gradients(
+    g: Tensor, gx: Tensor | None, x: Tensor | None, h: Tensor | None, Bs: Tensor, As: Tensor, scale: float, rank: int, p_seed: Drop
+) -> tuple[Tensor | None, Tensor | None]:
+    """(∂B, ∂A) from g = ∂L/∂(low-rank output); adds this branch's share to gx in place. With an offset, Bs and As are stacked."""
+    hg = g @ Bs  # [tokens, r] or [tokens, 2r]
+    if gx is not None:
+        if p_seed is None:
+            gx.addmm_(hg, As, alpha=scale)
+        else:
+            gx.add_(drop(hg @ As, p_seed), alpha=scale)
+    gA = gB = None
+    if x is not None:
+        own = hg if hg.shape[1] == rank else hg[:, :rank] + hg[:, rank:]  # g (B − B₀) + g B₀ = g B
+        gA = (own.mT @ drop(x, p_seed)).mul_(scale)
+    if h is not None:
+        gB = (g.mT @ h[:, :rank]).mul_(scale)
+    return gB, gA
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, bias, B, A, B0, A0, base, scale, p_seed):
+        flat = x.reshape(-1, x.shape[-1])
+        y = base.matmul(flat, bias)
+        Bs, As = stack_factors(B, A, B0, A0, x.dtype)
+        h = combine(y, flat, Bs, As, scale, p_seed)
+        ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
+        need_A, need_B = ctx.needs_input_grad[3], ctx.needs_input_grad[2]
+        ctx.save_for_backward(flat if need_A else None, h if need_B else None, B, A, B0, A0)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy):
+        x, h, B, A, B0, A0 = ctx.saved_tensors
+        g = gy.reshape(-1, gy.shape[-1])
+        Bs, As = stack_factors(B, A, B0, A0, g.dtype)
+        gx = ctx.base.rmatmul(g) if ctx.needs_input_grad[0] else None
+        gB, gA = gradients(g, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+        gb = g.sum(0) if ctx.needs_input_grad[1] else None
+        return (
+            None if gx is None else gx.view(ctx.shape),
+            gb,
+            None if gB is None else gB.to(B.dtype),
+            None if gA is None else gA.to(A.dtype),
+            *(None,) * 5,
+        )
+
+
+def lowrank_linear(
+    x: Tensor,
+    base: Any,
+    bias: Tensor | None,
+    B: Tensor,
+    A: Tensor,
+    scale: float = 1.0,
+    B0: Tensor | None = None,
+    A0: Tensor | None = None,
+    p_seed: Drop = None,
+) -> Tensor:
+    """x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ, minus the same product of (B₀, A₀) where given.
+
+    Args:
+        x: [..., in], in the dtype of the product.
+        base: gives `matmul(x, bias)` into a fresh tensor and `rmatmul(g)`.
+        B, A: [out, r], [r, in], of any float dtype: cast inside, gradients come back in their own dtype.
+
+    >>> import torch
+    >>> from rankfold.linalg import Dense
+    >>> class W(Dense):
+    ...     def matmul(self, x, bias=None): return super().matmul(x)
+    >>> x, B, A = torch.ones(1, 3), torch.ones(2, 1), torch.ones(1, 3)
+    >>> lowrank_linear(x, W(torch.zeros(2, 3)), None, B, A, scale=0.5).tolist()
+    [[1.5, 1.5]]
+    """
+    return _LowRankLinear.apply(x, bias, B, A, B0, A0, base, scale, p_seed)

@@ -1,0 +1,116 @@
+"""y = g ⊙ (x Wᵀ + s·(drop(x) Aᵀ) Bᵀ) + b with gain g = m / n and the norm n constant, as one autograd function.
+
+Kept for backward: x and h as in the low-rank path, and y, which the next layer mostly keeps anyway. The gradient of m needs
+u = (y − b) / g only through Σ gy·u, so no third activation is stored. (DoRA, Liu et al. 2024, section 4.3; factored norm:
+"Scaling DoRA", 2026.) The gain stays float32 and acts as u + (g − 1)·u: a bf16 gain near one loses the change that it stands for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .lowrank import Drop, combine, gradients, stack_factors
+
+__all__ = ["amplify", "magnitude_linear"]
+
+VANISHED = 1e-6
+
+
+def amplify(u: Tensor, gain: Tensor) -> Tensor:
+    """gain ⊙ u for a float32 gain [out]: exact product in float32 and float64, u + (gain − 1) u below, rounded once."""
+    if u.dtype == gain.dtype:
+        return u * gain
+    return torch.addcmul(u, u, (gain - 1.0).to(u.dtype))
+
+
+class _MagnitudeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, base, scale, p_seed):
+        flat = x.reshape(-1, x.shape[-1])
+        u = base.matmul(flat)
+        h = None
+        if B is not None:
+            Bs, As = stack_factors(B, A, B0, A0, x.dtype)
+            h = combine(u, flat, Bs, As, scale, p_seed)
+        y = amplify(u, m / norm)
+        if bias is not None:
+            y += bias.to(y.dtype)
+        need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
+        # where a gain vanished y no longer tells u, and the gradient of m needs x
+        keep_x = need_A or (need_m and bool((m.abs() < VANISHED * norm).any()))
+        ctx.save_for_backward(
+            flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0
+        )
+        ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy):
+        x, h, y, bias, m, norm, B, A, B0, A0 = ctx.saved_tensors
+        g = gy.reshape(-1, gy.shape[-1])
+        gain = m / norm
+        gm = None
+        if y is not None:
+            total = torch.linalg.vecdot(g, y, dim=0) if g.dtype == m.dtype else torch.einsum("to,to->o", g.float(), y.float())
+            if bias is not None:
+                total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
+            gm = total / m
+            lost = (m.abs() < VANISHED * norm).nonzero().flatten()
+            if len(lost):
+                gm[lost] = _recomputed(ctx, lost, g, x, norm, B, A, B0, A0).to(gm.dtype)
+        gu = amplify(g, gain)
+        gx = ctx.base.rmatmul(gu) if ctx.needs_input_grad[0] else None
+        gB = gA = None
+        if B is not None:
+            Bs, As = stack_factors(B, A, B0, A0, g.dtype)
+            gB, gA = gradients(gu, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+        gb = g.sum(0) if ctx.needs_input_grad[1] else None
+        return (
+            None if gx is None else gx.view(ctx.shape),
+            gb,
+            None if gm is None else gm.to(m.dtype),
+            None,
+            None if gB is None else gB.to(B.dtype),
+            None if gA is None else gA.to(A.dtype),
+            *(None,) * 5,
+        )
+
+
+def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, norm: Tensor, B, A, B0, A0) -> Tensor:
+    """Σ_t g·u / n for rows whose gain is nearly zero, so that y no longer tells u."""
+    u = x.to(norm.dtype) @ ctx.base.rows(rows).to(norm.dtype).mT
+    if B is not None:
+        Bs, As = stack_factors(B[rows], A, None if B0 is None else B0[rows], A0, norm.dtype)
+        combine(u, x.to(norm.dtype), Bs, As, ctx.scale, ctx.p_seed)
+    return (g[:, rows].to(norm.dtype) * u).sum(0) / norm[rows]
+
+
+def magnitude_linear(
+    x: Tensor,
+    base: Any,
+    bias: Tensor | None,
+    m: Tensor,
+    norm: Tensor,
+    B: Tensor | None = None,
+    A: Tensor | None = None,
+    scale: float = 1.0,
+    B0: Tensor | None = None,
+    A0: Tensor | None = None,
+    p_seed: Drop = None,
+) -> Tensor:
+    """(m / norm) ⊙ (x Wᵀ + s·(drop(x) Aᵀ) Bᵀ) + bias; `norm` [out] is a constant of the backward pass.
+
+    >>> import torch
+    >>> from rankfold.linalg import Dense
+    >>> class W(Dense):
+    ...     def matmul(self, x, bias=None): return super().matmul(x)
+    >>> x = torch.ones(1, 3)
+    >>> magnitude_linear(x, W(torch.ones(2, 3)), None, torch.tensor([2.0, 4.0]), torch.tensor([2.0, 2.0])).tolist()
+    [[3.0, 6.0]]
+    """
+    return _MagnitudeLinear.apply(x, bias, m, norm, B, A, B0, A0, base, scale, p_seed)

@@ -1,0 +1,56 @@
+"""Dropout as an operator on activations: a random diagonal per token, drawn anew from a saved seed rather than stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operator import Operator
+
+__all__ = ["Dropout", "keep_mask"]
+
+
+def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
+    """A boolean mask, true with probability 1 − p (p rounded to 1/65536), the same for the same seed, shape and device.
+
+    Four entries are cut from each 64-bit draw: on a CPU several times faster than one draw per entry.
+
+    >>> float(keep_mask((1000, 100), 0.25, 7, torch.device("cpu")).float().mean().round(decimals=2))
+    0.75
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    count = 1
+    for n in shape:
+        count *= n
+    bits = torch.empty(count // 4 + 1, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return (bits.view(torch.int16)[:count] >= round(p * 65536) - 32768).view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout(Operator):
+    """x ↦ mask ∘ x / (1 − p), the mask a function of (seed, shape of x). Its expectation, and its dense form, is the identity."""
+
+    size: int
+    p: float
+    seed: int
+    anchor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.size, self.size)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x * keep_mask(x.shape, self.p, self.seed, x.device).to(x.dtype).mul_(1.0 / (1.0 - self.p))
+
+    rmatmul = matmul
+
+    def dense(self) -> Tensor:
+        return torch.eye(self.size, dtype=self.dtype, device=self.device)
+
+    def row_sqnorm(self) -> Tensor:
+        return torch.ones(self.size, device=self.device)
+
+    def flops(self, tokens: int) -> int:
+        return 8 * tokens * self.size
