@@ -43,6 +43,13 @@ def test_srht_of_full_size_is_an_isometry():
     torch.testing.assert_close(S.mT @ S, torch.eye(12), atol=1e-6, rtol=0)
 
 
+def test_srht_keeps_a_vector_that_is_itself_a_row_of_the_hadamard_matrix():
+    """Without the random signs all of it falls into one row, which is seldom kept."""
+    constant = torch.full((256, 1), 1 / 16.0)
+    norms = torch.tensor([float(sketch("srht", 64, 256, Random("row", i)).apply(constant).norm()) for i in range(20)])
+    assert ((norms > 0.6) & (norms < 1.4)).all()
+
+
 def test_counts_of_nonzeros():
     assert (sketch("countsketch", 9, 100).dense() != 0).sum(0).tolist() == [1] * 100
     assert int((sketch("sparse", 9, 100).dense() != 0).sum()) == 90  # 9·√100
@@ -72,6 +79,12 @@ def test_lstsq_reaches_full_accuracy_whatever_the_condition(kind, columns):
     x = lstsq_sketched(A, b, kind)
     oracle = torch.linalg.lstsq(A, b.reshape(300, -1)).solution.reshape(8, *columns)
     torch.testing.assert_close(x, oracle, rtol=1e-6, atol=1e-6)
+
+
+def test_conjugate_directions_need_few_products():
+    """The preconditioned condition number is about 3: conjugate gradients halve the error at least, steepest descent does not."""
+    A, b = Random("A").normal((400, 20), dtype=torch.float64), Random("b").normal((400,), dtype=torch.float64)
+    lstsq_sketched(A, b, max_iterations=60)
 
 
 def test_rank_deficient_gives_the_least_norm_solution():

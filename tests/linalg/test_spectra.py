@@ -30,6 +30,7 @@ def test_formulas_bounds_and_scale_invariance(S, scale):
     for rank in (stats.effective_rank, stats.stable_rank, stats.participation, stats.energy_rank):
         assert 1 - 1e-9 <= rank <= n * (1 + 1e-9)
     assert effective_rank(t, power=2) <= stats.effective_rank * (1 + 1e-9)
+    assert effective_rank(t, power=2) == pytest.approx(effective_rank(t.square()))
     again = spectral_stats(scale * t.flip(0))
     assert again.effective_rank == pytest.approx(stats.effective_rank)
     assert again.stable_rank == pytest.approx(stats.stable_rank)

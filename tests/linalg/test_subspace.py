@@ -69,6 +69,8 @@ def test_power_iteration_and_norm():
     torch.testing.assert_close(
         norm_estimate(torch.stack([M, 2 * M])), torch.tensor([10.0, 20.0], dtype=torch.float64), rtol=1e-3, atol=0
     )
+    slow = torch.diag(torch.linspace(1, 0.9, 60, dtype=torch.float64))
+    assert float(norm_estimate(slow, tol=1e-4)) == pytest.approx(1.0, rel=1e-3)
     equal = torch.eye(40, 30)  # no gap at all
     assert float(norm_estimate(equal)) == pytest.approx(1.0, rel=1e-5)
 

@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rankfold.measure import Interval
 from rankfold.report import (
     Column,
     Example,
     Hit,
-    Interval,
     Point,
     Report,
     change_per_site,
@@ -25,6 +25,10 @@ from rankfold.report import (
 
 HOSTILE = "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&`$x^2$\x00\x1b[31m"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+def interval(estimate, low, high):
+    return Interval(estimate, low, high, level=0.95)
 
 
 class Tags(HTMLParser):
@@ -59,7 +63,7 @@ def full_report(name: str = "lora") -> Report:
     """Every kind of block, with `name` wherever a user's text can stand."""
     report = Report(name, subtitle=name, lead=name, footer={name: name})
     results = report.section(name)
-    rows = [{"method": name, "mrr": Interval(0.4, 0.3, 0.5)}, {"method": "full", "mrr": Interval(0.42, 0.4, 0.45)}]
+    rows = [{"method": name, "mrr": interval(0.4, 0.3, 0.5)}, {"method": "full", "mrr": interval(0.42, 0.4, 0.45)}]
     results.table(rows, [Column("method", name), Column("mrr", "MRR", unit=name, format=".3f", better="higher")], caption=name)
     results.figure(quality_vs_parameters([Point("frozen", 0, 0.3), Point(name, 1000, 0.4)], metric=name), name)
     learning = report.section("Learning")
@@ -114,7 +118,7 @@ def test_bytes_do_not_depend_on_process_or_personal_style(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.grid: True\nsvg.fonttype: path\n")
     code = (
         "from rankfold.report import learning_curves as f, change_per_site as g;"
-        "print(hash('a'), flush=True) if 0 else print(f({'a':[(0,1),(1,2)]}).wide + g({'a.0.b': 1.0}).narrow)"
+        "print(f({'a':[(0,1),(1,2)]}).wide + g({'a.0.b': 1.0}).narrow)"
     )
     outputs = set()
     for seed, folder in (("1", os.getcwd()), ("2", str(tmp_path))):

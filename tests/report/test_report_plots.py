@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from rankfold.measure import Interval
 from rankfold.report import (
-    Interval,
     Point,
     change_per_site,
     learning_curves,
@@ -21,6 +21,10 @@ from rankfold.report.plots import LINE, _running_mean, _spread
 from rankfold.report.svg import NARROW, SMALL, WIDE, shorten, text_width
 
 NAN = float("nan")
+
+
+def interval(estimate, low, high):
+    return Interval(estimate, low, high, level=0.95)
 
 
 def texts(svg):
@@ -114,7 +118,7 @@ def test_long_curves_are_described_by_their_running_mean():
 
 
 def test_sweep_marks_the_best_rate_of_each_direction():
-    sweep = {"lora": [(1e-4, 0.3), (1e-3, Interval(0.5, 0.4, 0.6)), (1e-2, 0.4)]}
+    sweep = {"lora": [(1e-4, 0.3), (1e-3, interval(0.5, 0.4, 0.6)), (1e-2, 0.4)]}
     assert "lora: best 0.500 at 0.001" in lr_curves(sweep, metric="accuracy", better="higher").alt
     assert "lora: best 0.300 at 0.0001" in lr_curves(sweep, better="lower").alt
 
@@ -128,7 +132,7 @@ def test_spectrum_of_zeros_and_of_a_cut():
 
 def test_quality_against_parameters_shows_every_method_once():
     points = [
-        Point("frozen", 0, Interval(0.3, 0.28, 0.32)),
+        Point("frozen", 0, interval(0.3, 0.28, 0.32)),
         Point("lora", 1e5, 0.4),
         Point("dora", 1.02e5, 0.401),
         Point("bad", 10, NAN),
@@ -193,6 +197,7 @@ def test_shorten_keeps_both_ends():
     assert short.startswith("enc")
     assert short.endswith("query")
     assert shorten("query", 120) == "query"
+    assert shorten("query", 1) == "…"
 
 
 def test_saved_svg_is_a_file_of_its_own(tmp_path):

@@ -5,10 +5,15 @@ import io
 import pytest
 
 from rankfold.errors import UnknownName
-from rankfold.report import Column, Interval, console_table, html_table, markdown_table
+from rankfold.measure import Interval
+from rankfold.report import Column, console_table, html_table, markdown_table
 from rankfold.report.tables import cells
 
 NAN = float("nan")
+
+
+def interval(estimate, low, high):
+    return Interval(estimate, low, high, level=0.95)
 
 
 def marks(values, better="higher"):
@@ -27,9 +32,9 @@ def marks(values, better="higher"):
         ([NAN, 1, 2], "higher", ["bad", "", "best"]),
         ([float("inf"), 1, 2], "higher", ["bad", "", "best"]),
         ([NAN, NAN], "lower", ["bad", "bad"]),
-        ([Interval(5, 4, 6), Interval(4, 3, 4.5), Interval(3, 2, 3.9)], "higher", ["best", "tied", ""]),
-        ([Interval(1, 0.5, 2), Interval(3, 2, 4), Interval(5, 4.5, 6)], "lower", ["best", "tied", ""]),
-        ([Interval(5, NAN, 6), Interval(4, 3, 4.5)], "higher", ["best", ""]),
+        ([interval(5, 4, 6), interval(4, 3, 4.5), interval(3, 2, 3.9)], "higher", ["best", "tied", ""]),
+        ([interval(1, 0.5, 2), interval(3, 2, 4), interval(5, 4.5, 6)], "lower", ["best", "tied", ""]),
+        ([interval(5, NAN, 6), interval(4, 3, 4.5)], "higher", ["best", ""]),
         (["a", "b"], "higher", ["", ""]),
         ([True, False], "higher", ["", ""]),
     ],
@@ -71,7 +76,7 @@ def test_markdown_of_nothing_is_still_a_table():
 
 
 def test_markdown_bold_and_italic():
-    rows = [{"v": Interval(0.4, 0.3, 0.5)}, {"v": Interval(0.38, 0.3, 0.45)}, {"v": Interval(0.1, 0.0, 0.2)}]
+    rows = [{"v": interval(0.4, 0.3, 0.5)}, {"v": interval(0.38, 0.3, 0.45)}, {"v": interval(0.1, 0.0, 0.2)}]
     text = markdown_table(rows, [Column("v", "MRR", format=".2f", better="higher")])
     assert "**0.40** [0.30, 0.50]" in text
     assert "*0.38* [0.30, 0.45]" in text
@@ -92,7 +97,7 @@ def test_console_prints_names_as_they_are():
 
 def test_other_types_of_interval_are_understood():
     class Estimate:
-        value, low, high = 0.5, 0.4, 0.6
+        estimate, low, high = 0.5, 0.4, 0.6
 
     [[cell]] = cells([{"v": Estimate()}], [Column("v", format=".1f")])
     assert (cell.text, cell.interval, cell.sort) == ("0.5", "[0.4, 0.6]", 0.5)

@@ -244,20 +244,26 @@ def _freeze(store: Store) -> None:
 
 
 def add_extra(store: Store, member: Member, module_name: str, param: str) -> Extra | None:
-    """Train a copy of one parameter beside the adapter (a head, a bias, a norm); None where the module has no such parameter."""
-    modules = dict(store.model.named_modules())
+    """Train a copy of one parameter beside the adapter (a head, a bias, a norm); None where the module has no such parameter.
+
+    Modules that share the parameter (a tied head) all get the copy: the tie stays.
+    """
+    modules = {n: m for n, m in store.model.named_modules() if n.partition(".")[0] != "rankfold"}
     if module_name not in modules:
         raise UnknownName.of("module", module_name, modules)
     parameter = modules[module_name]._parameters.get(param)
     if parameter is None:
         return None
     key = f"{member.name}/extra/{module_name}.{param}"
-    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     store.put(key, parameter.detach().clone().to(dtype if parameter.is_floating_point() else parameter.dtype), True)
-    extra = Extra(module_name, param, key)
-    member.extras[extra.name] = extra
-    host_module(store, module_name, modules[module_name]).extras.append((member.name, extra))
-    return extra
+    first = Extra(module_name, param, key)
+    member.extras[first.name] = first
+    for path, module in modules.items():
+        for name, value in module._parameters.items():
+            if value is parameter:
+                host_module(store, path, module).extras.append((member.name, Extra(path, name, key)))
+    return first
 
 
 def detach(model: nn.Module, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from rankfold.errors import OptionError
 
@@ -28,6 +28,7 @@ def _adapters(cls: type) -> dict[str, Any]:
 class Options:
     """Base of every member of the catalogue. A field `rank: Annotated[int, Ge(1)] = 16` is an option with its bound.
 
+    A member with `default = True` stands where a method names none of its axis. `axis` and `name` are set by `register`.
     Text from a command line or a file is read as the field's type; a value outside raises OptionError with value and bound.
 
     >>> from annotated_types import Ge
@@ -42,6 +43,10 @@ class Options:
     ...
     rankfold.errors.OptionError: toy.rank: got 0; input should be greater than or equal to 1
     """
+
+    default: ClassVar[bool] = False
+    axis: ClassVar[str] = ""
+    name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         from pydantic import ValidationError

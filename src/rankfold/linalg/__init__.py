@@ -7,8 +7,8 @@ from .lowrank import Deviation, LowRank
 from .magnitude import Magnitude
 from .operator import Dense, Identity, Operator, Product, Scaled, Sum, at_least_float32, like
 from .orthogonal import Cayley, Householder
-from .rules import concatenate, contains, deviation, difference, khatri_rao, simplify
-from .structured import BlockDiagonal, Blockwise, Diagonal, Hadamard, Kronecker, Sparse, TensorRing
+from .rules import concatenate, contains, deviation, difference, gate_components, khatri_rao, simplify
+from .structured import BlockDiagonal, Blockwise, Diagonal, Hadamard, Kronecker, Sparse, TensorRing, tiled_identity
 
 __all__ = [
     "BlockDiagonal",
@@ -34,7 +34,9 @@ __all__ = [
     "contains",
     "deviation",
     "difference",
+    "gate_components",
     "khatri_rao",
     "like",
     "simplify",
+    "tiled_identity",
 ]

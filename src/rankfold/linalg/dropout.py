@@ -1,4 +1,4 @@
-"""Dropout as an operator on activations: a random diagonal per token, drawn anew from a saved seed rather than stored."""
+"""Operators on activations, one diagonal per token: dropout, drawn anew from a saved seed, and a gate that is given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operator import Operator
+from rankfold.errors import LayoutError
 
-__all__ = ["Dropout", "keep_mask"]
+from .operator import Operator, like
+
+__all__ = ["Dropout", "TokenGate", "keep_mask"]
 
 
 def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
@@ -54,3 +56,29 @@ class Dropout(Operator):
 
     def flops(self, tokens: int) -> int:
         return 8 * tokens * self.size
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGate(Operator):
+    """h ↦ gate ∘ h with a gate of its own for every token: [..., size] against h [..., size]; no dense form exists.
+
+    >>> TokenGate(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).matmul(torch.ones(2, 2)).tolist()
+    [[1.0, 0.0], [0.0, 2.0]]
+    """
+
+    gate: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.gate.shape[-1], self.gate.shape[-1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x * like(self.gate, x)
+
+    rmatmul = matmul
+
+    def dense(self) -> Tensor:
+        raise LayoutError("a gate that differs from token to token has no dense form")
+
+    def flops(self, tokens: int) -> int:
+        return tokens * self.shape[0]

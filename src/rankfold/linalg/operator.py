@@ -1,8 +1,8 @@
 """Linear maps that are never built unless asked: the base class, and the four that combine others.
 
 An operator is an immutable record of tensors, operators and numbers. It maps R^in to R^out and acts on the last axis:
-`op.matmul(x)` is x Δᵀ for x: [..., in], `op.rmatmul(g)` is g Δ for g: [..., out]. Tensors may carry one leading batch dimension (experts,
-convolution groups). Products run in the dtype of the activation; small factor algebra runs in the dtype of the factors.
+`op.matmul(x)` is x Δᵀ for x: [..., in], `op.rmatmul(g)` is g Δ for g: [..., out]. Tensors may carry one leading batch dimension
+(experts, convolution groups). Products run in the dtype of the activation; small factor algebra runs in the dtype of the factors.
 """
 
 from __future__ import annotations

@@ -17,13 +17,16 @@ __all__ = ["Cayley", "Householder"]
 class Householder(Operator):
     """H_1 H_2 ... H_r with H_k = 1 − 2 u_k u_kᵀ / ‖u_k‖², from the columns of U: [*batch, n, r].
 
-    Applied in the compact WY form 1 − U T Uᵀ, T⁻¹ = striu(UᵀU) + 1/2 on unit columns (Joffrain et al., 2006): two skinny
-    products and one triangular solve of size r, the solve in at least float32.
+    Applied in a compact form 1 − X T Xᵀ as WY is (Joffrain et al., 2006), but with X = [u_1, u_2 − u_1, u_3, u_4 − u_3, ...]: two
+    neighbours u, v = u + d make the rotation 1 − 2δ uuᵀ + 2(1 − δ) udᵀ − 2 duᵀ − 2 ddᵀ with δ = ‖d‖², where every term holds d.
+    So equal neighbours are the identity bitwise, in every dtype, and a small rotation is as exact relative to its angle as a
+    large one; the usual X = U leaves a rounding error of the size of x. Cost: two skinny products and one triangular solve of
+    size r, the solve in at least float32.
 
     >>> import torch
     >>> u = torch.randn(5, 1)
     >>> pair = Householder(torch.cat([u, u], 1))          # a reflection twice is the identity
-    >>> torch.allclose(pair.dense(), torch.eye(5), atol=1e-5)
+    >>> torch.equal(pair.dense(), torch.eye(5))
     True
     """
 
@@ -41,25 +44,47 @@ class Householder(Operator):
     def orthogonal(self) -> bool:
         return True
 
-    def compact(self) -> tuple[Tensor, Tensor]:
-        """(Û, T): unit columns [n, r] and the upper triangle [r, r] with H_1 ... H_r = 1 − Û T Ûᵀ."""
+    def unit(self) -> Tensor:
+        """The columns of U at length one, [*batch, n, r]."""
         U = at_least_float32(self.U)
-        U = U / torch.linalg.vector_norm(U, dim=-2, keepdim=True).clamp_min(torch.finfo(U.dtype).tiny)
-        eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
-        inverse = torch.triu(U.mT @ U, 1) + 0.5 * eye
-        return U, torch.linalg.solve_triangular(inverse, eye.expand_as(inverse), upper=True)
+        return U / torch.linalg.vector_norm(U, dim=-2, keepdim=True).clamp_min(torch.finfo(U.dtype).tiny)
+
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """(X, T), [*batch, n, r] and [*batch, r, r], with H_1 ... H_r = 1 − X T Xᵀ.
+
+        With M the 2 x 2 blocks of the pairs, (1 + X_1 M_1 X_1ᵀ)(1 + X_2 M_2 X_2ᵀ) ... = 1 + X N Xᵀ for N = (1 − M S)⁻¹ M, where S
+        is XᵀX above its diagonal blocks; T = −N.
+        """
+        U = self.unit()
+        r = U.shape[-1]
+        first, second = U[..., 0 : r - r % 2 : 2], U[..., 1::2]
+        d = second - first  # exact for close neighbours
+        X = torch.stack([first, d], -1).flatten(-2)
+        delta = d.square().sum(-2)  # [*batch, pairs]
+        two = torch.full_like(delta, 2.0)
+        blocks = torch.stack([-2.0 * delta, two - 2.0 * delta, -two, -two], -1).unflatten(-1, (2, 2))  # [*batch, pairs, 2, 2]
+        M = BlockDiagonal(blocks).dense()
+        if r % 2:  # one reflection is left: 1 − 2 u uᵀ
+            X = torch.cat([X, U[..., -1:]], -1)
+            M = torch.nn.functional.pad(M, (0, 1, 0, 1)) - 2.0 * torch.diag_embed(
+                (torch.arange(r, device=M.device) == r - 1).to(M.dtype)
+            )
+        pair = torch.arange(r, device=U.device) // 2
+        S = (X.mT @ X) * (pair[:, None] < pair)
+        eye = torch.eye(r, dtype=U.dtype, device=U.device)
+        return X, -torch.linalg.solve_triangular(eye - M @ S, M, upper=True, unitriangular=True)
 
     def matmul(self, x: Tensor) -> Tensor:
-        U, T = self.compact()
-        return x - (x @ like(U @ T.mT, x)) @ like(U, x).mT  # x Hᵀ with Hᵀ = 1 − U Tᵀ Uᵀ
+        X, T = self.compact()
+        return x - (x @ like(X @ T.mT, x)) @ like(X, x).mT  # x Hᵀ with Hᵀ = 1 − X Tᵀ Xᵀ
 
     def rmatmul(self, g: Tensor) -> Tensor:
-        U, T = self.compact()
-        return g - (g @ like(U @ T, g)) @ like(U, g).mT
+        X, T = self.compact()
+        return g - (g @ like(X @ T, g)) @ like(X, g).mT
 
     def dense(self) -> Tensor:
-        U, T = self.compact()
-        return torch.eye(self.shape[0], dtype=U.dtype, device=U.device) - (U @ T) @ U.mT
+        X, T = self.compact()
+        return torch.eye(self.shape[0], dtype=X.dtype, device=X.device) - (X @ T) @ X.mT
 
     def flops(self, tokens: int) -> int:
         n, r = self.U.shape[-2:]

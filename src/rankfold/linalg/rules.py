@@ -7,17 +7,20 @@ knows it. Each rule is a function of its two parts and is tested against dense a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from rankfold.errors import OptionError
+
 from .lowrank import Deviation, LowRank
 from .magnitude import Magnitude
-from .operator import Number, Operator, Product, Scaled, Sum
+from .operator import Identity, Number, Operator, Product, Scaled, Sum
 from .orthogonal import Householder
 from .structured import Diagonal, Hadamard, Sparse
 
-__all__ = ["concatenate", "contains", "deviation", "difference", "khatri_rao", "simplify"]
+__all__ = ["concatenate", "contains", "deviation", "difference", "gate_components", "khatri_rao", "simplify"]
 
 
 def contains(expr: Operator, leaf: Operator) -> bool:
@@ -51,6 +54,8 @@ def deviation(now: Operator, start: Operator) -> Operator:
     """
     if isinstance(now, LowRank) and isinstance(start, LowRank) and _one_form(now, start):
         return Deviation(now.B, now.A, start.B, start.A, diag=now.diag, scale=now.scale)
+    if isinstance(now, Hadamard) and isinstance(start, Hadamard) and now.left is start.left:
+        return Hadamard(now.left, deviation(now.right, start.right))
     return now - start
 
 
@@ -58,6 +63,27 @@ def _one_form(a: LowRank, b: LowRank) -> bool:
     # tensors are not compared by value: that would wait for the device, and break a compiled graph
     numbers = isinstance(a.scale, Tensor) == isinstance(b.scale, Tensor) and (isinstance(a.scale, Tensor) or a.scale == b.scale)
     return numbers and a.core is None and b.core is None and (a.diag is None) == (b.diag is None) and a.rank == b.rank
+
+
+def gate_components(op: Operator, gate: Tensor) -> Operator:
+    """Σ_k gate_k · (component k), for an operator that is a sum of rank-one components: B A becomes B diag(gate) A.
+
+    A component of a Deviation that is switched off returns to its start, one of W ∘ (B A) is W ∘ (b_k a_k).
+
+    Raises:
+        OptionError: the operator has no such components, or another number of them than the gate [r].
+
+    >>> op = gate_components(LowRank(torch.ones(2, 3), torch.ones(3, 2)), torch.tensor([1.0, 0.0, 0.5]))
+    >>> op.dense().tolist()
+    [[1.5, 1.5], [1.5, 1.5]]
+    """
+    if isinstance(op, LowRank | Deviation) and op.A.shape[-2] == gate.shape[-1]:
+        return replace(op, diag=gate if op.diag is None else op.diag * gate)
+    if isinstance(op, Hadamard) and not isinstance(op.left, LowRank):
+        return Hadamard(op.left, gate_components(op.right, gate))
+    raise OptionError(
+        f"{type(op).__name__} of shape {op.shape} has no {gate.shape[-1]} rank-one components that a gate could weigh"
+    )
 
 
 def simplify(expr: Operator) -> Operator:
@@ -165,8 +191,10 @@ def difference(expr: Operator, W: Operator) -> Operator:
 def _rotation_change(W: Operator, right: Operator) -> Operator:
     """W (R − 1)."""
     if isinstance(right, Householder):
-        U, T = right.compact()
-        return LowRank(-(W @ (U @ T)), U.mT)
+        X, T = right.compact()
+        return LowRank(-(W @ (X @ T)), X.mT)
+    if isinstance(right, Sum) and sum(isinstance(t, Identity) for t in right.terms) == 1:
+        return Product(W, simplify(Sum(tuple(t for t in right.terms if not isinstance(t, Identity)))))
     if isinstance(right, Product):
         return simplify(_rotation_change(W, right.left) @ right.right + _rotation_change(W, right.right))
     return Product(W, right) - W

@@ -12,7 +12,7 @@ from rankfold.errors import OptionError
 
 from .operator import Operator, across, at_least_float32, like
 
-__all__ = ["BlockDiagonal", "Blockwise", "Diagonal", "Hadamard", "Kronecker", "Sparse", "TensorRing"]
+__all__ = ["BlockDiagonal", "Blockwise", "Diagonal", "Hadamard", "Kronecker", "Sparse", "TensorRing", "tiled_identity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,3 +333,12 @@ class TensorRing(Operator):
     def dense_flops(self) -> int:
         rank = self.out_cores[0].shape[-3] * self.out_cores[-1].shape[-1]
         return 2 * rank * self.shape[0] * self.shape[1]
+
+
+def tiled_identity(size: int, width: int, anchor: Tensor) -> Tensor:
+    """[1 1 ... 1], [size, width], identities of R^size side by side, the last one cut; dtype and device of `anchor`.
+
+    >>> tiled_identity(2, 5, torch.ones(1)).tolist()
+    [[1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0, 0.0]]
+    """
+    return torch.eye(size, dtype=anchor.dtype, device=anchor.device).repeat(1, -(-width // size))[:, :width]

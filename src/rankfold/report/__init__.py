@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from .sites import change_per_site, rank_trajectories
     from .svg import Plot
     from .tables import Column, console_table, html_table, markdown_table
-    from .values import Interval
 
 _HOME = {
     "Column": "tables",
     "Example": "page",
     "Hit": "page",
-    "Interval": "values",
     "Plot": "svg",
     "Point": "plots",
     "Report": "page",
@@ -44,7 +42,6 @@ __all__ = [
     "Column",
     "Example",
     "Hit",
-    "Interval",
     "Plot",
     "Point",
     "Report",

@@ -28,7 +28,7 @@ SMOOTH_ABOVE = 150  # a curve with more values is drawn thin, its running mean t
 
 
 class Point(NamedTuple):
-    """One method of `quality_vs_parameters`; `value` may be an Interval. No parameters means a reference line."""
+    """One method of `quality_vs_parameters`; `value` may have an interval. No parameters means a reference line."""
 
     name: str
     parameters: float
@@ -71,7 +71,7 @@ def learning_curves(
 
 
 def lr_curves(sweeps: Mapping[str, Sequence[tuple[float, Any]]], *, metric: str = "loss", better: Better = "lower") -> Plot:
-    """The result of a sweep over learning rates, one line a method, the best rate of each marked; values may be Intervals.
+    """The result of a sweep over learning rates, one line a method, the best rate of each marked; values may have intervals.
 
     >>> lr_curves({"lora": [(1e-4, 2.0), (1e-3, 1.5), (1e-2, float("nan"))]}).alt
     'loss against learning rate. lora: best 1.50 at 0.001; 1 of 3 values not finite.'

@@ -102,8 +102,8 @@ def shorten(text: str, room: float, size: float = SIZE) -> str:
     def kept(letters: int) -> str:
         return f"{text[: letters // 2]}…{text[len(text) - (letters - letters // 2) :]}"
 
-    # The first number of letters that is too wide, less one.
-    return kept(bisect_right(range(len(text)), room, key=lambda letters: text_width(kept(letters), size)) - 1)
+    too_wide = bisect_right(range(len(text)), room, key=lambda letters: text_width(kept(letters), size))
+    return kept(max(0, too_wide - 1))
 
 
 def _svg(draw: Callable[[int], "Figure"], width: int) -> str:

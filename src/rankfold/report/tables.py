@@ -1,8 +1,8 @@
 """One description of a table, three forms: the console (rich), a page (HTML) and a document (markdown).
 
-Rows are mappings; a Column says how its values are named, written and compared. Values may be Intervals. The best value of
-a column is bold; where values have intervals, those that overlap the best one's are marked too, since the data do not
-tell them apart.
+Rows are mappings; a Column says how its values are named, written and compared. A value may be an Interval of
+`rankfold.measure`. The best value of a column is bold; where values have intervals, those that overlap the best one's are
+marked too, since the data do not tell them apart.
 """
 
 import math

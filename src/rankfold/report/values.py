@@ -1,33 +1,26 @@
-"""Numbers as a reader wants them: intervals, large counts, bytes, durations, and what is missing or not finite."""
+"""Numbers as a reader wants them: intervals, large counts, bytes, durations, and what is missing or not finite.
+
+A value with an interval is anything that has `estimate`, `low` and `high`, such as `rankfold.measure.Interval`.
+"""
 
 import math
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any
 
-__all__ = ["Interval", "bounds", "brief", "clean", "count", "duration", "memory", "number", "show"]
-
-
-class Interval(NamedTuple):
-    """An estimate with its interval; tables show `value [low, high]` and figures draw the interval.
-
-    >>> Interval(0.286, 0.254, 0.317).low
-    0.254
-    """
-
-    value: float
-    low: float
-    high: float
+__all__ = ["bounds", "brief", "clean", "count", "duration", "memory", "number", "show"]
 
 
 def number(value: Any) -> float | None:
     """The value as a float; None for what is missing or no number. Booleans count as text.
 
-    >>> number(Interval(0.3, 0.2, 0.4)), number("lora"), number(None), number(True)
+    >>> from rankfold.measure import Interval
+    >>> number(Interval(0.3, 0.2, 0.4, level=0.95)), number("lora"), number(None), number(True)
     (0.3, None, None, None)
     """
     if value is None or isinstance(value, bool | str | bytes):
         return None
     try:
-        return float(getattr(value, "value", value))
+        return float(getattr(value, "estimate", value))
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -35,7 +28,8 @@ def number(value: Any) -> float | None:
 def bounds(value: Any) -> tuple[float, float] | None:
     """(low, high) of anything that has both and where both are finite, else None.
 
-    >>> bounds(Interval(0.3, 0.2, 0.4)), bounds(0.3), bounds(Interval(0.3, float("nan"), 0.4))
+    >>> from rankfold.measure import Interval
+    >>> bounds(Interval(0.3, 0.2, 0.4, level=0.95)), bounds(0.3), bounds(Interval(0.3, float("nan"), 0.4, level=0.95))
     ((0.2, 0.4), None, None)
     """
     low, high = number(getattr(value, "low", None)), number(getattr(value, "high", None))
@@ -113,10 +107,10 @@ def show(value: Any, form: str = "") -> str:
     named = {"count": count, "bytes": memory, "seconds": duration, "percent": lambda x: f"{100 * x:.3g} %"}
     if form in named:
         return named[form](as_number)
-    plain = getattr(value, "value", value)
+    plain = getattr(value, "estimate", value)
     if form and form != "code":
         return format(plain, form).replace("-", "−", as_number < 0)
-    return str(plain) if isinstance(plain, int) else f"{as_number:.4g}"
+    return str(plain) if isinstance(plain, Integral) else f"{as_number:.4g}"
 
 
 def clean(text: Any) -> str:

@@ -4,7 +4,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:210
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
@@ -31,6 +31,8 @@ class LoRA(Structure):
     >>> {name: spec.shape for name, spec in lora.tensors(site).items()}, lora.scale
     ({'B': (384, 4), 'A': (4, 384)}, 2.0)
     """
+
+    default: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 16
     alpha: Annotated[float, Gt(0)] | None = None

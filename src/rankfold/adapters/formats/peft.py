@@ -1,0 +1,297 @@
+"""The folder of Hugging Face's peft (0.21): adapter_config.json and adapter_model.safetensors, for LoRA, rsLoRA and DoRA.
+
+Written so that it is exact: the factors' bytes as they are, the scale in lora_alpha and alpha_pattern (folding it into a bf16 B
+would cost 2e-3), and init_lora_weights true, because peft runs other inits again at load time. Read so that nothing is guessed: the
+tensors' names are the truth, no pattern is run as a regular expression, and an option that would change the function is refused
+by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankfold.errors import CompositionError, FileError
+
+from ..adapter import Adapter, Entry
+from ..algebra import join_rows
+from ..files import LIMITS, Limits, atomic_folder, read_json, read_tensors, recover_folder, write_json, write_tensors
+from ..fingerprint import fingerprint
+
+__all__ = ["CONFIG", "TENSORS", "read_peft", "write_peft"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# options that do not change what the stored tensors compute
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config",
+    "velora_config", "ensure_weight_tying",
+}  # fmt: skip
+# inits after which peft's base is no longer the checkpoint: the stored factors alone do not give the function
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LITERAL = re.compile(r"[\w.\-]+")
+
+Factors = dict[str, Tensor]
+
+
+def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None) -> list[str]:
+    """Write the adapter as a folder that peft loads, and return notes on what a reader should know.
+
+    Row slices are joined into one entry of their weight (exactly; ranks add). Extra tensors become `modules_to_save`, which peft
+    takes as whole modules; the bias of an adapted site goes in as a trained bias. Entries of rank 0 are no change and are left out.
+
+    Args:
+        base_model: what `base_model_name_or_path` says.
+
+    Raises:
+        CompositionError: rows rescaled by a gain, or magnitudes at some sites only: peft has one switch for all.
+        FileError: the folder can't be written.
+
+    >>> import tempfile, torch
+    >>> adapter = Adapter.of([Entry("layers.0.q", torch.ones(3, 1), torch.ones(1, 2), scale=2.0)])
+    >>> _ = write_peft(path := tempfile.mkdtemp(), adapter)
+    >>> read_peft(path).entries["layers.0.q"].scale
+    2.0
+    """
+    adapter = join_rows(adapter)
+    notes = [f"{k}: rank 0, no change, left out" for k, e in adapter.entries.items() if not e.rank and e.additive]
+    entries = [e for e in adapter.entries.values() if e.rank or not e.additive]
+    _writable(entries)
+    tensors: Factors = {}
+    for e in entries:
+        a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{PREFIX}{e.name}.{a}"] = e.A
+        tensors[f"{PREFIX}{e.name}.{b}"] = e.B
+        if e.magnitude is not None:
+            tensors[f"{PREFIX}{e.name}.lora_magnitude_vector"] = e.magnitude
+    names = {e.name for e in entries}
+    modules: set[str] = set()
+    biases = False
+    for name, t in adapter.extras.items():
+        module, _, parameter = name.rpartition(".")
+        if module in names and parameter == "bias":
+            tensors[f"{PREFIX}{module}.base_layer.bias"] = t
+            biases = True
+        elif module in names or not module:
+            raise CompositionError(
+                f"{name}: peft can't store this extra tensor: "
+                + ("its site is adapted too" if module else "it belongs to no module")
+            )
+        else:
+            tensors[PREFIX + name] = t
+            modules.add(module)
+    if modules:
+        notes.append(
+            "peft takes modules_to_save whole: every parameter of " + ", ".join(sorted(modules)) + " must be among the extras"
+        )
+    config = _config(entries, sorted(modules), biases, adapter.metadata, base_model)
+    with atomic_folder(path, owns=(CONFIG, TENSORS)) as folder:
+        write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+        write_json(folder / CONFIG, config)
+    return notes
+
+
+def _writable(entries: list[Entry]) -> None:
+    if not entries:
+        raise CompositionError("the adapter changes no weight; peft has no folder for that")
+    gained = [e.key for e in entries if e.gain is not None]
+    if gained:
+        raise CompositionError(
+            f"{gained[0]}: rows rescaled by a gain; peft stores lengths. Export before the norms are folded into gains"
+        )
+    plain = [e.key for e in entries if e.magnitude is None]
+    if plain and len(plain) < len(entries):
+        raise CompositionError(
+            f"magnitudes at {len(entries) - len(plain)} of {len(entries)} sites (none at {plain[0]}): peft has one switch, use_dora, for all"
+        )
+    empty = [e.key for e in entries if not e.rank]
+    if empty:
+        raise CompositionError(f"{empty[0]}: a magnitude over rank 0; peft needs a rank of at least 1")
+
+
+def _config(entries: list[Entry], modules: list[str], biases: bool, metadata: Mapping[str, Any], base_model: str | None) -> dict:
+    rank, alpha = entries[0].rank, entries[0].scale * entries[0].rank
+    task = metadata.get("task_type")
+    return {
+        "peft_type": "LORA",
+        "task_type": task if task in TASKS else None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(e.name): e.rank for e in entries if e.rank != rank},
+        "alpha_pattern": {_pattern(e.name): e.scale * e.rank for e in entries if e.scale * e.rank != alpha},
+        "use_rslora": False,  # alpha holds the whole scale: scale = alpha / r at every site
+        "use_dora": entries[0].magnitude is not None,
+        "target_modules": [e.name for e in entries],
+        "modules_to_save": modules or None,
+        "bias": "lora_only" if biases else "none",
+        "fan_in_fan_out": any(e.kind == "conv1d" for e in entries),
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
+
+
+def _pattern(name: str) -> str:
+    """peft runs these keys as regular expressions on the end of a name, the first match wins: anchored, only this site is meant."""
+    return "^" + name.replace(".", r"\.")
+
+
+def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
+    """Read a folder that peft wrote, exactly: s · B A at every site, magnitudes, saved modules and biases as extras.
+
+    The config's switches must be ones that are known not to matter, or off. `metadata` keeps task_type, base_model, options, and, where
+    peft stored copies of base weights beside an adapted embedding, their fingerprints under "base_copies".
+
+    Raises:
+        FileError: not such a folder; damaged, hostile or pickled tensors; another method than LoRA; an option that would change the
+            function; an alpha_pattern that would have to be run as a regular expression; ranks that contradict the config.
+    """
+    path = Path(path)
+    recover_folder(path)
+    if not (path / TENSORS).exists() and (path / "adapter_model.bin").exists():
+        read_tensors(path / "adapter_model.bin", limits)  # refuses it, and says why
+    config = _checked(read_json(path / CONFIG, limits=limits), path / CONFIG)
+    parts: dict[str, Factors] = {}
+    extras: Factors = {}
+    copies: Factors = {}
+    for name, t in read_tensors(path / TENSORS, limits).items():
+        site, part = _split(name, path / TENSORS)
+        if part in ("weight", "bias") or part is None:
+            extras[site] = t
+        elif part == "base_layer.weight":
+            copies[f"{site}.weight"] = t
+        elif part == "base_layer.bias":
+            if config["bias"] == "none":
+                copies[f"{site}.bias"] = t
+            else:
+                extras[f"{site}.bias"] = t
+        else:
+            parts.setdefault(site, {})[part] = t
+    entries = [_entry(site, own, config, path) for site, own in parts.items()]
+    metadata: dict[str, Any] = {
+        "method": "dora" if config["use_dora"] else "lora",
+        "format": "peft",
+        "task_type": config.get("task_type"),
+        "base_model": config.get("base_model_name_or_path"),
+        "options": {k: config[k] for k in ("r", "lora_alpha", "use_rslora", "lora_dropout") if k in config},
+    }
+    if copies:
+        metadata["base_copies"] = fingerprint(copies)
+    return Adapter.of(entries, extras, metadata)
+
+
+def _checked(config: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise FileError(f"{path}: must be an object")
+    if config.get("peft_type") != "LORA":
+        raise FileError(
+            f"{path}: peft_type {str(config.get('peft_type'))[:40]!r}; rankfold reads folders of peft's LORA (with rsLoRA and DoRA)"
+        )
+    on = sorted(k for k, v in config.items() if k not in HARMLESS and v not in (None, False, {}, []))
+    if on:
+        raise FileError(
+            f"{path}: {', '.join(f'{k[:40]}={str(config[k])[:40]}' for k in on[:4])}: not known to rankfold, and it may change the function"
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(REBASED):
+        raise FileError(
+            f"{path}: init_lora_weights={init[:40]!r}: these factors sit on a base that peft has changed, not on the checkpoint. Save it again "
+            "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    kinds: dict[str, tuple[type | tuple[type, ...], Any]] = {
+        "r": (int, 8), "lora_alpha": ((int, float), 8), "use_rslora": (bool, False), "use_dora": (bool, False),
+        "fan_in_fan_out": (bool, False), "bias": (str, "none"), "rank_pattern": (dict, {}), "alpha_pattern": (dict, {}),
+    }  # fmt: skip
+    for key, (kind, default) in kinds.items():
+        value = config.get(key)
+        config[key] = value = default if value is None else value
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise FileError(f"{path}: {key} {str(value)[:40]!r} is not what peft writes there")
+    for pattern, alpha in config["alpha_pattern"].items():
+        if _literal(pattern) is None:
+            raise FileError(
+                f"{path}: alpha_pattern {pattern[:60]!r} is a regular expression, and rankfold runs none from a file. Write the names in full"
+            )
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise FileError(f"{path}: alpha_pattern {pattern[:60]!r}: {str(alpha)[:40]!r} is not a number")
+    return config
+
+
+def _literal(pattern: str) -> tuple[bool, str] | None:
+    """(anchored, name) of a pattern that only spells a name; None if it would have to be run."""
+    anchored = pattern.startswith("^")
+    name = pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".").replace(r"\-", "-")
+    return (anchored, name) if LITERAL.fullmatch(name) else None
+
+
+def _matching(patterns: Mapping[str, Any], site: str) -> Any:
+    """The value of the first pattern that is the site's name or the end of it, as peft chooses; None if there is none."""
+    for pattern, value in patterns.items():
+        literal = _literal(pattern)
+        if literal is not None and (site == literal[1] or (not literal[0] and site.endswith("." + literal[1]))):
+            return value
+    return None
+
+
+def _split(name: str, path: Path) -> tuple[str, str | None]:
+    """(site, part) of a stored name; part is None for a tensor of the model itself."""
+    plain = name.removeprefix(PREFIX)
+    for part in (
+        "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+        "base_layer.weight", "base_layer.bias",
+    ):  # fmt: skip
+        if plain.endswith("." + part):
+            return plain.removesuffix("." + part), part
+    if plain.endswith(".lora_magnitude_vector.weight"):
+        return plain.removesuffix(".lora_magnitude_vector.weight"), "lora_magnitude_vector"
+    foreign = [p for p in plain.split(".") if p.startswith(("lora_", "token_adapter", "trainable_tokens", "base_layer"))]
+    if foreign:
+        raise FileError(f"{path}: tensor {name!r}: its part {foreign[0]!r} is not one of LoRA or DoRA that rankfold knows")
+    return plain.replace(".modules_to_save.", "."), None
+
+
+def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> Entry:
+    where = path / TENSORS
+    embedding = "lora_embedding_A" in own or "lora_embedding_B" in own
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    known = {*names, "lora_magnitude_vector"}
+    missing = [n for n in names if n not in own]
+    if missing or own.keys() - known:
+        raise FileError(f"{where}: {site} lacks {', '.join(missing) or 'nothing'}; it has: {', '.join(sorted(own))}")
+    A, B = own[names[0]], own[names[1]]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
+        raise FileError(f"{where}: {site}: factors {list(B.shape)} and {list(A.shape)} are not [out, r] and [r, in] with r >= 1")
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise FileError(f"{where}: {site}: factors of {B.dtype} and {A.dtype}; they must be floating point")
+    rank = A.shape[0]
+    expected = _matching(config["rank_pattern"], site)
+    if expected is None and not any(_literal(p) is None for p in config["rank_pattern"]):
+        expected = config["r"]
+    if expected is not None and expected != rank:
+        raise FileError(f"{where}: {site} is of rank {rank}, {CONFIG} says {str(expected)[:20]}")
+    magnitude = own.get("lora_magnitude_vector")
+    if (magnitude is not None) != config["use_dora"]:
+        raise FileError(
+            f"{where}: {site} has {'a' if magnitude is not None else 'no'} magnitude, and {CONFIG} says use_dora={config['use_dora']}"
+        )
+    if magnitude is not None:
+        magnitude = magnitude.flatten()
+        if magnitude.shape != (B.shape[0],):
+            raise FileError(f"{where}: {site}: {magnitude.numel()} magnitudes for {B.shape[0]} rows")
+    alpha = _matching(config["alpha_pattern"], site)
+    alpha = config["lora_alpha"] if alpha is None else alpha
+    scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    kind = "embedding" if embedding else ("conv1d" if config["fan_in_fan_out"] else "linear")
+    return Entry(site, B, A, scale, kind, magnitude=magnitude)

@@ -1,0 +1,475 @@
+"""`rf.adapt` and the handle that it returns: one object per model, which owns its adapters, their tensors, switches and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.adapters.fingerprint import Fingerprint
+from rankfold.core.attaching import add_extra, attach, check_sites, detach, specs_of
+from rankfold.core.base import Base
+from rankfold.core.blocks import find_blocks
+from rankfold.core.folding import fold, folded_weights, unfold
+from rankfold.core.probing import CallWatch, probe
+from rankfold.core.site import Site, Targets, find_sites
+from rankfold.core.store import Member, Slot, Store, store_of
+from rankfold.core.structure import SideModule, Spec, Structure, trait
+from rankfold.errors import CompositionError, LayoutError, OptionError, TargetError, UnknownName
+from rankfold.linalg.random import Random
+
+from .contracts import InitContext, Statistic, Trainable, roles_of
+from .method import Method, method
+from .prints import fingerprint
+
+__all__ = ["Adaptation", "Attached", "adapt", "adaptation"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(eq=False)
+class Attached:
+    """What the handle knows of one adapter beside its tensors."""
+
+    method: Method
+    member: Member
+    seed: int
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    labels: tuple[str, ...] | None = None
+    trained: dict[str, Any] = field(default_factory=dict)
+    engine: Any = None
+
+
+class Adaptation:
+    """The adapters of one model. `rf.adapt` makes it, `rf.adaptation(model)` finds it again.
+
+    >>> import torch, rankfold as rf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    >>> adaptation = rf.adapt(model, "lora", rank=2)
+    >>> [site.key for site in adaptation.sites], adaptation.parameter_count()
+    (['0', '2'], 48)
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.attached: dict[str, Attached] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.store.model
+
+    def __repr__(self) -> str:
+        lines = [f"{n}: {a.method} at {len(a.member.slots)} sites" for n, a in self.attached.items()]
+        return f"Adaptation({'; '.join(lines)}; on: {', '.join(self.store.active) or 'none'})"
+
+    # what there is
+
+    @property
+    def active(self) -> dict[str, float | Tensor]:
+        """Names of the adapters that are on, with their weights."""
+        return dict(self.store.active)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.attached)
+
+    @property
+    def method(self) -> Method:
+        """The method of the first adapter that is on."""
+        return self._get(None).method
+
+    def _get(self, name: str | None) -> Attached:
+        if name is None:
+            name = next(iter(self.store.active), next(iter(self.attached), ""))
+        if name not in self.attached:
+            raise UnknownName.of("adapter", name, self.attached)
+        return self.attached[name]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every adapted site, once, in model order."""
+        found = {s.site.key: s.site for a in self.attached.values() for s in a.member.slots.values()}
+        return list(found.values())
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """Sites that "all-linear" chose and that were left out, with the reason."""
+        return [pair for a in self.attached.values() for pair in a.dropped]
+
+    def slots(self, name: str | None = None) -> list[Slot]:
+        """The slots of one adapter."""
+        return list(self._get(name).member.slots.values())
+
+    def tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """Every tensor that one adapter owns, shared ones once: {name in the store: tensor}."""
+        return {key: self.store.tensor(key) for key in self._get(name).member.keys()}
+
+    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The tensors that train."""
+        return [t for t in self.tensors(name).values() if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    def parameter_count(self, name: str | None = None) -> int:
+        """Numbers that train, from unique storage."""
+        return sum(p.numel() for p in self.parameters(name))
+
+    def trainables(self, name: str | None = None) -> list[Trainable]:
+        """The tensors that train as an update sees them."""
+        member = self._get(name).member
+        found: dict[str, Trainable] = {}
+        for key, slot in member.slots.items():
+            specs = specs_of(slot.structure, slot.site)
+            for field_, (stored, _) in slot.binding.items():
+                param = self.store.tensor(stored)
+                if stored in found or not param.requires_grad:
+                    continue
+                start = slot.binding.get(field_ + "0")
+                spec = specs[field_]
+                found[stored] = Trainable(
+                    stored, param, spec.role, key if spec.scope == "site" else None, slot.structure.scale,  # type: ignore[arg-type]
+                    self.store.tensor(start[0]) if start and specs[field_ + "0"].role == spec.role + "0" else None,
+                )  # fmt: skip
+        for extra in member.extras.values():
+            found[extra.key] = Trainable(extra.key, self.store.tensor(extra.key), "extra")  # type: ignore[arg-type]
+        return list(found.values())
+
+    # on and off
+
+    def use(self, *names: str, weight: float | Tensor | Sequence[float] = 1.0) -> Adaptation:
+        """Switch to these adapters, each at its weight: W + Σ_k weight_k · (W_k − W), the exact sum of their changes.
+
+        Raises:
+            UnknownName: no such adapter. OptionError: as many weights as names, or one.
+        """
+        weights = list(weight) if isinstance(weight, list | tuple) else [weight] * len(names)
+        if len(weights) != len(names):
+            raise OptionError(f"use: {len(names)} adapters and {len(weights)} weights; give one weight, or one for each")
+        for name, w in zip(names, weights):
+            if name in self.attached and self.attached[name].member.extras and not (isinstance(w, float | int) and w == 1.0):
+                raise CompositionError(f"use: adapter {name!r} owns whole tensors (heads, biases), which have no weight but 1")
+        if self.store.is_folded:
+            raise LayoutError("the model is folded; unfold before switching adapters")
+        self.store.switch(dict(zip(names, weights)))
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model itself, bitwise, within the block."""
+        if self.store.is_folded:
+            raise LayoutError("the model is folded; unfold to get at the base")
+        with self.store.disabled():
+            yield
+
+    @contextmanager
+    def context(self, **values: Any) -> Iterator[None]:
+        """Values that gates read during forward passes in the block: weights, token_mask, conditioning, time."""
+        before = {k: getattr(self.store.context, k) for k in values}
+        try:
+            for k, v in values.items():
+                setattr(self.store.context, k, v)
+            yield
+        finally:
+            for k, v in before.items():
+                setattr(self.store.context, k, v)
+
+    def fold(self) -> dict[str, float]:
+        """Put W' in the place of W, keeping W: then the model runs at the speed of the base. Gives the rounding error by module.
+
+        Raises:
+            LayoutError: already folded, a side module, or a change that depends on the input.
+        """
+        return fold(self.store)
+
+    def unfold(self) -> None:
+        """The original weights again, bitwise."""
+        unfold(self.store)
+
+    def folded_weights(self) -> dict[str, Tensor]:
+        """{module: W'} without touching the model."""
+        return folded_weights(self.store)
+
+    def remove(self, name: str | None = None) -> None:
+        """Take an adapter off and free its tensors; with the last one the model is as it was before `adapt`."""
+        names = [name] if name else list(self.attached)
+        for n in names:
+            self._get(n)
+            detach(self.model, n)
+            del self.attached[n]
+
+    # training
+
+    def objectives(self) -> dict[str, Tensor]:
+        """Named loss terms of the structures, policies and losses that are on; add their sum to the loss."""
+        terms: dict[str, Tensor] = {}
+        for name in self.store.active:
+            a = self.attached[name]
+            slots = list(a.member.slots.values())
+            terms |= a.member.structure.objectives({s.site.key: s.t(self.store) for s in slots}, [s.site for s in slots])
+            if a.engine is not None:
+                terms |= a.engine.objectives()
+        return terms
+
+    def optimizer(
+        self, lr: float = 1e-3, weight_decay: float = 0.0, *, name: str | None = None, total_steps: int | None = None, **options: Any
+    ) -> torch.optim.Optimizer:
+        """The optimizer of the method's update over this adapter's tensors, with its rank policy acting around each step.
+
+        Args:
+            total_steps: length of the run; a policy with a schedule needs it.
+
+        Raises:
+            OptionError: a policy that needs `total_steps` without it.
+            InactiveError: (from the first step) nothing had a gradient.
+        """
+        from .engine import Engine
+
+        a = self._get(name)
+        if a.method.rank.steps and total_steps is None:
+            raise OptionError(f"optimizer: rank policy {a.method.rank.name!r} follows a schedule; give total_steps")
+        optimizer = a.method.update.optimizer(self.trainables(name), lr=lr, weight_decay=weight_decay, **options)
+        a.engine = a.engine or Engine(a.method.rank, a.method.losses, self.store, a.member)
+        a.engine.install(optimizer, total_steps)
+        return optimizer
+
+    # files
+
+    def save(self, path: str | Path, name: str | None = None) -> Path:
+        """Write one adapter to a folder: tensors as they are trained, method, base fingerprint. A crash leaves the previous one whole."""
+        from .saving import save
+
+        return save(self, path, name)
+
+    def fingerprint(self, name: str | None = None) -> Fingerprint:
+        """Of the base weights that this adapter changes."""
+        return fingerprint(self.model, sorted({s.site.name for s in self.slots(name)}))
+
+
+def adaptation(model: nn.Module) -> Adaptation:
+    """The handle of a model that has adapters.
+
+    Raises:
+        LayoutError: it has none.
+    """
+    store = store_of(model)
+    if store is None:
+        raise LayoutError(f"{type(model).__name__} has no adapter; rf.adapt(model, 'lora') gives it one")
+    if store.handle is None or store.handle.store is not store:
+        raise LayoutError("the model's adapters have lost their handle: it was pickled by hand; use adaptation.save and rf.load")
+    return store.handle
+
+
+def choose_sites(
+    model: nn.Module, m: Method, targets: Any, exclude: Any = (), regex: bool = False
+) -> tuple[list[Site], list[tuple[str, str]], Targets]:
+    """(sites, those left out with the reason, the parsed targets) for a method on a model."""
+    chosen = Targets.of(targets, exclude, regex)
+    if isinstance(m.structure, SideModule):
+        sites = m.structure.places(find_blocks(model, chosen))
+    else:
+        sites = find_sites(model, chosen)
+    good, dropped = check_sites(model, m.structure, sites, chosen.automatic)
+    return good, dropped, chosen
+
+
+def adapt(
+    model: nn.Module,
+    method_: str | Method = "lora",
+    *,
+    targets: Any = "all-linear",
+    exclude: Any = (),
+    name: str = "default",
+    extras: Sequence[str] = (),
+    batches: Iterable[Any] | None = None,
+    loss: LossFunction | None = None,
+    seed: int = 0,
+    plan: str = "auto",
+    memory: str = "auto",
+    regex: bool = False,
+    budget: int | None = None,
+    progress: Any = None,
+    **options: Any,
+) -> Adaptation:
+    """Give a model an adapter: a trained change of its weights, beside weights that are never written.
+
+    The model stays the same object. Its parameters are frozen; the adapter's are `adaptation.parameters()`, and also in
+    `model.parameters()`. Disabled, or at the start of every method that declares it, the function is the base's.
+
+    Args:
+        model: any module; transformers' need nothing special.
+        method_: "lora", "dora", "magnitude+hra", "lora+init:pissa", ... (see `rf.method`), or a Method.
+        targets: "all-linear" (no heads, routers, embeddings), "all", names, globs, row slices ("c_attn[q]").
+        exclude: patterns taken out again.
+        name: of this adapter; a model may carry several.
+        extras: modules (heads) whose parameters train whole, in copies that belong to the adapter.
+        batches: what a data-driven init looks at, and what the probe runs; any iterable of model inputs.
+        loss: loss(model, batch) -> scalar, for gradient-driven inits and the probe.
+        seed: of every random start; the same seed gives the same tensors on every machine.
+        plan, memory: what the planner may do ("auto", or one of rankfold.core.PLANS; "auto", "keep", "recompute").
+        budget: bytes that statistics may hold; more is refused before the pass starts.
+        **options: of the method, bare or qualified: rank=8, alpha=16, **{"init.iterations": 4}.
+
+    Raises:
+        TargetError: targets that match nothing, a rank above the matrix, a site that can't be adapted.
+        CompositionError, UnknownName, OptionError: from the method.
+        InactiveError: the probe found a site that is bypassed or gets no gradient.
+
+    >>> import torch, rankfold as rf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    >>> x = torch.ones(1, 8)
+    >>> before = model(x)
+    >>> adaptation = rf.adapt(model, "dora", rank=2)
+    >>> torch.equal(model(x), before)
+    True
+    """
+    m = method(method_, **options)
+    sites, dropped, chosen = choose_sites(model, m, targets, exclude, regex)
+    seen = _several(batches)
+    statistics = _statistics(model, m, sites, seen, loss, budget, progress)
+    structures, removed = _allocate(m, sites, statistics)
+    sites = [s for s in sites if s.key in structures]
+    member = attach(model, name, sites, structures, _filler(m, statistics, seed), seed)
+    store = member_store(model)
+    handle = store.handle = store.handle or Adaptation(store)
+    store.plan, store.memory = plan, memory
+    a = handle.attached[name] = Attached(m, member, seed, dropped + removed)
+    try:
+        _add_extras(store, member, m, sites, extras)
+        store.switch({name: 1.0})
+        watch = CallWatch(store, member)
+        if seen is not None:
+            silent = probe(store, member, seen, loss, chosen.automatic)
+            if silent:
+                return _again(handle, name, silent, model, m, chosen, extras, seen, loss, seed, plan, memory, budget, progress)
+        else:
+            store.watchers.append(watch)
+        store.watchers.append(OwnUpdate(a))
+    except Exception:
+        handle.remove(name)
+        raise
+    return handle
+
+
+def member_store(model: nn.Module) -> Store:
+    store = store_of(model)
+    assert store is not None
+    return store
+
+
+def _several(batches: Iterable[Any] | None) -> Sequence[Any] | None:
+    """Batches that can be gone over more than once: a pass for statistics and the probe both read them."""
+    if batches is None or isinstance(batches, Sequence) or hasattr(batches, "__len__"):
+        return batches  # type: ignore[return-value]
+    return list(batches)
+
+
+def _again(handle: Adaptation, name: str, silent: list[tuple[str, str]], model: nn.Module, m: Method, chosen: Targets, extras: Any,
+           batches: Any, loss: Any, seed: int, plan: str, memory: str, budget: Any, progress: Any) -> Adaptation:  # fmt: skip
+    """The same without the sites that get no gradient, which "all-linear" had chosen; they are listed in `dropped`."""
+    dropped = handle.attached[name].dropped
+    handle.remove(name)
+    names = tuple(key.partition("[")[0] for key, _ in silent)
+    result = adapt(model, m, targets=Targets(chosen.patterns, chosen.exclude + names), name=name, extras=extras, batches=batches,
+                   loss=loss, seed=seed, plan=plan, memory=memory, budget=budget, progress=progress)  # fmt: skip
+    result.attached[name].dropped = dropped + silent
+    return result
+
+
+def _statistics(model: nn.Module, m: Method, sites: Sequence[Site], batches: Any, loss: Any, budget: Any, progress: Any) -> dict[str, Statistic]:
+    wanted: dict[str, tuple[Site, Statistic]] = {}
+    for site in sites:
+        statistic = m.init.collect(site, _roles(m.structure, specs_of(m.structure, site)))
+        if statistic is not None:
+            wanted[site.key] = (site, statistic)
+    if not wanted:
+        return {}
+    if batches is None:
+        raise OptionError(f"init {m.init.name!r} looks at data: give batches=..., an iterable of model inputs")
+    from .statistics import collect
+
+    return collect(model, wanted, batches, loss, budget=budget, progress=progress)
+
+
+def _roles(structure: Structure, specs: Mapping[str, Spec]) -> Any:
+    return roles_of(specs, getattr(structure.core, "rank", 0) or 0, structure.scale)
+
+
+def _allocate(m: Method, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> tuple[dict[str, Structure], list[tuple[str, str]]]:
+    if not m.rank.allocates:
+        return {s.key: m.structure for s in sites}, []
+    scores = {}
+    for site in sites:
+        found = m.init.scores(site, statistics[site.key])
+        assert found is not None
+        scores[site.key] = found
+    start = getattr(m.structure.core, "rank")
+    ranks = m.rank.allocate(scores, {s.key: start for s in sites}, {s.key: min(s.shape) for s in sites})
+    structures = {key: m.structure.at_rank(r) for key, r in ranks.items() if r}
+    if not structures:
+        raise TargetError(f"rank {m.rank.name!r} left no site with a rank above zero")
+    return structures, [(key, "given rank 0") for key, r in ranks.items() if not r]
+
+
+def _filler(m: Method, statistics: Mapping[str, Statistic], seed: int) -> Any:
+    def fill(site: Site, structure: Structure, base: Base, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+        roles = _roles(structure, specs)
+        with torch.no_grad():
+            values = m.init.fill(site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key)))
+        names = {spec.role: n for n, spec in specs.items() if spec.role in values and (spec.trainable or spec.role.endswith("0"))}
+        return {names[role]: value for role, value in values.items() if role in names}
+
+    return fill
+
+
+def _add_extras(store: Store, member: Member, m: Method, sites: Sequence[Site], extras: Sequence[str]) -> None:
+    model = store.model
+    modules = {n: mod for n, mod in model.named_modules() if n != "rankfold" and not n.startswith("rankfold.")}
+    for wanted in [extras] if isinstance(extras, str) else extras:
+        hits = [n for n in modules if n == wanted or n.endswith("." + wanted)]
+        if not hits:
+            raise UnknownName.of("module for extras", wanted, modules)
+        for hit in hits:
+            for inner, module in modules[hit].named_modules():
+                path = ".".join(p for p in (hit, inner) if p)
+                for param in list(module._parameters):
+                    add_extra(store, member, path, param)
+    if trait(m.structure, "owns"):  # a full copy of every weight means every other parameter too
+        covered = {id(s.base.module.weight) for s in member.slots.values() if s.base is not None}
+        for path, module in modules.items():
+            for param, value in list(module._parameters.items()):
+                if value is not None and id(value) not in covered:
+                    covered.add(id(value))
+                    add_extra(store, member, path, param)
+
+
+class OwnUpdate:
+    """Law 6 for updates and policies: if another optimizer moved the tensors of a method that needs ours, the next forward raises."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+        self.seen: int | None = None
+
+    def before_forward(self, store: Store) -> None:
+        a = self.attached
+        if not (a.method.update.own or a.method.rank.steps) or not store.model.training:
+            return
+        keys = [k for k in a.member.keys() if store.tensor(k).requires_grad]
+        version = sum(store.tensor(k)._version for k in keys)
+        by_us = a.engine is not None and a.engine.moved
+        if self.seen is not None and version != self.seen and not by_us:
+            from rankfold.errors import InactiveError
+
+            what = f"update {a.method.update.name!r}" if a.method.update.own else f"rank policy {a.method.rank.name!r}"
+            raise InactiveError(
+                f"adapter {a.member.name!r}: another optimizer moved its tensors, so {what} did nothing. "
+                f"Train with adaptation.optimizer(lr=...), or choose update:adamw and rank:fixed"
+            )
+        if a.engine is not None:
+            a.engine.moved = False
+        self.seen = version
+
+    def after_forward(self, store: Store) -> None:
+        return None

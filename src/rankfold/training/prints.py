@@ -1,0 +1,45 @@
+"""The fingerprint of a model: which source checkpoint its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rankfold.adapters.fingerprint import Fingerprint
+from rankfold.adapters.fingerprint import fingerprint as of_tensors
+from rankfold.core.site import kind_of
+from rankfold.core.store import store_of
+
+__all__ = ["fingerprint"]
+
+
+def fingerprint(model: nn.Module, modules: Sequence[str] | None = None) -> Fingerprint:
+    """Shape and hash of strided entries of each weight of the *base*: folded or not, adapted or not, the same.
+
+    Args:
+        modules: paths whose weights count; None means every parameter of the model.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> before = fingerprint(model)
+    >>> _ = model.weight.data.add_(1.0)
+    >>> fingerprint(model) == before
+    False
+    """
+    store = store_of(model)
+    originals: dict[str, Tensor] = {}
+    for path, kept in (store.folded if store is not None else {}).items():
+        for name, tensor in kept:
+            originals.setdefault(f"{path}.{name}" if path else name, tensor)
+    if modules is None:
+        tensors = {n: p for n, p in model.named_parameters() if not n.startswith("rankfold.")}
+    else:
+        tensors = {}
+        for path in modules:
+            module = model.get_submodule(path)
+            if kind_of(module) is not None:
+                tensors[f"{path}.weight" if path else "weight"] = module.weight  # type: ignore[assignment]
+            else:  # a block: all of its own parameters
+                tensors |= {f"{path}.{n}": p for n, p in module.named_parameters()}
+    return of_tensors({n: originals.get(n, t).detach() for n, t in tensors.items()})

@@ -1,0 +1,209 @@
+"""An adapter to a folder and back: the tensors as they are trained; loading runs no init and asks whether the base is the right one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from rankfold.adapters.adapter import Adapter, Entry
+from rankfold.adapters.fingerprint import compare
+from rankfold.adapters.native import NativeAdapter, SiteRecord, load_native, save_native
+from rankfold.core.attaching import add_extra, attach, specs_of
+from rankfold.core.host import site_program
+from rankfold.core.probing import CallWatch
+from rankfold.core.site import Site
+from rankfold.core.store import Slot
+from rankfold.core.structure import SideModule, Structure
+from rankfold.errors import CompositionError, FileError, FingerprintError
+from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
+
+from .adaptation import Adaptation, Attached, OwnUpdate, member_store
+from .method import method
+from .prints import fingerprint
+
+if TYPE_CHECKING:
+    from rankfold.core.base import Base
+
+__all__ = ["load", "normal_form", "record_of", "save"]
+
+
+def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
+    """Everything that one adapter consists of, as plain data."""
+    a = adaptation._get(name)
+    store, member = adaptation.store, a.member
+    shared_keys = set(member.shared.values())
+    sites, tensors = [], {}
+    for key, slot in member.slots.items():
+        s = slot.site
+        rank = getattr(slot.structure.core, "rank", None)
+        sites.append(SiteRecord(s.name, s.kind, s.shape, s.rows, rank, s.batch, s.group, s.tied))
+        own = {f: store.tensor(k).detach().cpu() for f, (k, _) in slot.binding.items() if k not in shared_keys}
+        tensors[key] = own
+    prefix = member.name + "/"
+    shared = {key.removeprefix(prefix): store.tensor(key).detach().cpu() for key in sorted(_shared(member.slots, member.name))}
+    return NativeAdapter(
+        method=a.method.text,
+        options=dict(a.method.options),
+        sites=tuple(sites),
+        tensors={k: {f: t for f, t in own.items() if f"{member.name}/{k}/{f}" not in shared} for k, own in tensors.items()},
+        shared=shared,
+        extras={e.name: store.tensor(e.key).detach().cpu() for e in member.extras.values()},
+        labels=a.labels,
+        base=adaptation.fingerprint(name),
+        trained={"seed": a.seed, **a.trained},
+    )
+
+
+def _shared(slots: Mapping[str, Slot], owner: str) -> set[str]:
+    return {k for key, s in slots.items() for f, (k, _) in s.binding.items() if k != f"{owner}/{key}/{f}"}
+
+
+def save(adaptation: Adaptation, path: str | Path, name: str | None = None) -> Path:
+    """See `Adaptation.save`."""
+    save_native(path, record_of(adaptation, name))
+    return Path(path)
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False, plan: str = "auto", memory: str = "auto"
+) -> Adaptation:
+    """Attach a saved adapter to its base: same function, without running an init.
+
+    Args:
+        force: take a base with another fingerprint all the same.
+
+    Raises:
+        FingerprintError: the base is another one. FileError: damaged, foreign, or not fitting this model.
+    """
+    return attach_record(model, load_native(path), str(path), name=name, force=force, plan=plan, memory=memory)
+
+
+def attach_record(
+    model: nn.Module, record: NativeAdapter, source: str, *, name: str = "default", force: bool = False, plan: str = "auto", memory: str = "auto"
+) -> Adaptation:
+    """Attach an adapter given as plain data."""
+    m = method(record.method, **record.options)
+    modules = dict(model.named_modules())
+    sites = [_site(item, modules, source) for item in record.sites]
+    if record.base is not None and not force:
+        verdict = compare(record.base, fingerprint(model, sorted({s.name for s in sites})))
+        if verdict.verdict == "different":
+            raise FingerprintError(f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)")
+        if verdict.verdict != "same":
+            warnings.warn(f"{source}: {verdict}", stacklevel=3)
+    structures = {s.key: _at_rank(m.structure, item.rank) for s, item in zip(sites, record.sites)}
+    _check_tensors(record, sites, structures, source)
+    found = {f"{k}": dict(v) for k, v in record.tensors.items()}
+
+    def fill(site: Site, structure: Structure, base: Base, specs: Any) -> dict[str, Tensor]:
+        shared = {n.rpartition("/")[2]: t for n, t in record.shared.items() if _serves(n, site)}
+        return {**shared, **found[site.key]}
+
+    member = attach(model, name, sites, structures, fill, int(record.trained.get("seed", 0)))
+    store = member_store(model)
+    handle = store.handle = store.handle or Adaptation(store)
+    a = handle.attached[name] = Attached(m, member, int(record.trained.get("seed", 0)), labels=record.labels)
+    a.trained = {k: v for k, v in record.trained.items() if k != "seed"}
+    try:
+        for full, value in record.extras.items():
+            owner, _, param = full.rpartition(".")
+            extra = add_extra(store, member, owner, param)
+            if extra is None or store.tensor(extra.key).shape != value.shape:
+                raise FileError(f"{source}: extra tensor {full!r} {tuple(value.shape)} does not fit this model")
+            store.replace(extra.key, value.to(store.tensor(extra.key)))
+        store.switch({name: 1.0})
+    except Exception:
+        handle.remove(name)
+        raise
+    store.plan, store.memory = plan, memory
+    store.watchers += [CallWatch(store, member), OwnUpdate(a)]
+    return handle
+
+
+def _serves(shared_name: str, site: Site) -> bool:
+    owner = shared_name.partition("/")[0]
+    return owner == "shared" or owner == f"group:{site.group or site.name}"
+
+
+def _at_rank(structure: Structure, rank: int | None) -> Structure:
+    return structure if rank is None or rank == getattr(structure.core, "rank", rank) else structure.at_rank(rank)
+
+
+def _site(item: SiteRecord, modules: Mapping[str, nn.Module], source: str) -> Site:
+    if item.name not in modules:
+        from rankfold.errors import nearest
+
+        raise FileError(f"{source}: this model has no module {item.name!r}; nearest: {', '.join(nearest(item.name, modules))}")
+    return Site(item.name, item.shape, item.kind, item.rows, item.batch, item.group, item.tied)
+
+
+def _check_tensors(record: NativeAdapter, sites: list[Site], structures: Mapping[str, Structure], source: str) -> None:
+    for site in sites:
+        specs = specs_of(structures[site.key], site)
+        own = {n: s for n, s in specs.items() if s.scope == "site"}
+        here = record.tensors[site.key]
+        if own.keys() != here.keys():
+            raise FileError(f"{source}: site {site.key} holds {sorted(here)}; method {record.method!r} has {sorted(own)}")
+        for n, spec in own.items():
+            if tuple(here[n].shape) != spec.shape:
+                raise FileError(f"{source}: {site.key}.{n} is {tuple(here[n].shape)}; this model and method want {spec.shape}")
+
+
+def normal_form(adaptation: Adaptation, name: str | None = None, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
+    """The adapter as factors and numbers that other tools know, and the relative error at each site (0 where the form is exact).
+
+    A change that is a LoRA, a deviation (as rank 2r), a rotation or a magnitude over these is exact; anything else is cut by SVD at `rank`
+    (None: at the rank that holds it whole).
+
+    Raises:
+        CompositionError: a side module, or a change that depends on the input: neither is a matrix.
+    """
+    a = adaptation._get(name)
+    entries, errors = [], {}
+    for key, slot in a.member.slots.items():
+        if isinstance(slot.structure, SideModule):
+            raise CompositionError(f"{a.method}: a side module is no change of a weight; no other tool's adapter form holds it")
+        program = site_program(adaptation.store, [slot], training=False)
+        if not program.dense_ok:
+            raise CompositionError(f"{a.method}: the change depends on the input, so it is no fixed matrix; it can't be exported")
+        expr = program.expression()
+        entry, errors[key] = _entry(adaptation, slot, expr, program.base, rank)
+        entries.append(entry)
+    extras = {e.name: adaptation.store.tensor(e.key).detach().cpu() for e in a.member.extras.values()}
+    meta = {"method": a.method.text, "options": dict(a.method.options), "labels": list(a.labels or [])}
+    return Adapter.of(entries, extras, meta), errors
+
+
+def _entry(adaptation: Adaptation, slot: Slot, expr: Operator, base: Base, rank: int | None) -> tuple[Entry, float]:
+    site = slot.site
+    total = None if site.rows is None else base.module.weight.shape[0 if site.kind == "linear" else 1]
+    magnitude = None
+    if isinstance(expr, Magnitude) and _low(expr.inner, base) is not None:
+        magnitude, expr = expr.m.detach().cpu(), expr.inner
+    low = _low(expr, base)
+    if low is not None:
+        B, A, scale, error = low.B, low.A, float(low.scale), 0.0
+        if low.diag is not None or low.core is not None:
+            (B, A), scale = low.factors(), 1.0
+        if rank is not None and rank < A.shape[0]:
+            B, A, error = low.to_lowrank(rank)
+            scale = 1.0
+    else:
+        B, A, error = difference(expr, base).to_lowrank(rank)
+        scale = 1.0
+    B, A = B.detach().cpu().contiguous(), A.detach().cpu().contiguous()
+    return Entry(site.name, B, A, scale, site.kind, site.rows, total, magnitude), error
+
+
+def _low(expr: Operator, base: Base) -> LowRank | None:
+    """The change of W + (LowRank or Deviation), exactly; None for other forms."""
+    change = simplify(difference(expr, base)) if isinstance(expr, Sum) or expr is base else difference(expr, base)
+    if isinstance(change, Deviation):
+        return change.stacked()
+    return change if isinstance(change, LowRank) else None
+
+
