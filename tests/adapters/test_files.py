@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ BAD = {
     "truncated data": (raw({"a": record()}, bytes(4)), "truncated"),
     "trailing data": (raw({"a": record()}, bytes(9)), "follow the last tensor"),
     "traversal": (raw({"../../etc/passwd": record()}, bytes(8)), "path or control"),
-    "absolute": (raw({"/tmp/x": record()}, bytes(8)), "path or control"),
+    "absolute": (raw({"/x": record()}, bytes(8)), "path or control"),
     "backslash": (raw({"a\\b": record()}, bytes(8)), "path or control"),
     "control character": (raw({"a\nb": record()}, bytes(8)), "path or control"),
     "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "text only"),
@@ -136,8 +137,8 @@ def test_limits_and_missing_files(tmp_path):
         read_tensors(tmp_path / "b.safetensors")
     with pytest.raises(FileError, match="folder"):
         read_tensors(tmp_path)
+    write_json(tmp_path / "a.json", {"x": "y" * 100})
     with pytest.raises(FileError, match="allowed"):
-        write_json(tmp_path / "a.json", {"x": "y" * 100})
         read_json(tmp_path / "a.json", limits=Limits(json_bytes=50))
 
 
@@ -199,10 +200,8 @@ def test_schema_accepts_and_names_what_is_missing(tmp_path):
 def test_fuzz_any_bytes(tmp_path, data):
     for name, reader in (("a.safetensors", read_tensors), ("a.json", read_json)):
         (tmp_path / name).write_bytes(data)
-        try:
+        with suppress(RankfoldError):
             reader(tmp_path / name)
-        except RankfoldError:
-            pass
 
 
 @fuzz
@@ -242,10 +241,8 @@ header_like = st.dictionaries(
 @given(header_like, st.binary(max_size=64))
 def test_fuzz_headers(tmp_path, header, data):
     (tmp_path / "a.safetensors").write_bytes(raw(header, data))
-    try:
+    with suppress(RankfoldError):
         read_tensors(tmp_path / "a.safetensors")
-    except RankfoldError:
-        pass
 
 
 @fuzz
@@ -283,9 +280,14 @@ def test_a_folder_is_replaced_as_one_and_foreign_files_stay(tmp_path):
 def test_an_error_in_the_block_leaves_the_old_folder(tmp_path):
     path = tmp_path / "run"
     save(path, "one")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as folder:
-        write_text(folder / "a.txt", "two")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_folder(path) as folder:
+            write_text(folder / "a.txt", "two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert versions(path) == {"one"}
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -333,7 +335,7 @@ def test_a_library_that_reports_a_full_disk_in_words(tmp_path, monkeypatch):
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(FileError, match="no space left.*previous version is untouched"):
+    with pytest.raises(FileError, match=r"no space left.*previous version is untouched"):
         write_tensors(path, {"x": torch.zeros(2)})
     assert read_tensors(path)["x"].sum() == 2
 

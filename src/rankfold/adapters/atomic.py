@@ -66,7 +66,10 @@ def atomic_file(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # some writers make files that only their owner can read
         flush_file(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)

@@ -138,7 +138,7 @@ def _size(path: Path) -> int:
 
 def _refuse_pickle(path: Path, head: bytes) -> None:
     zipped = head[:4] == b"PK\x03\x04"
-    pickled = len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5 and head[4:8] != b"\0\0\0\0"
+    pickled = len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5 and any(head[3:8])
     if path.suffix.lower() in PICKLES or zipped or pickled:
         raise FileError(
             f"{path}: is a pickle or an archive of one; loading it could run any program, so rankfold never does. "

@@ -46,6 +46,7 @@ _SITE = Schema(
     optional={
         "rows": (list, type(None)),
         "rank": (int, type(None)),
+        "alpha": (int, float, type(None)),
         "batch": (int, type(None)),
         "group": (str, type(None)),
         "tied": (str, type(None)),
@@ -56,7 +57,7 @@ _PRINT = Schema("a fingerprint", required={"shape": list, "dtype": str, "hash": 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A site as a file knows it: the fields of `Site`, and the rank that it was given."""
+    """A site as a file knows it: the fields of `Site`, its rank, and its alpha where that is not the method's."""
 
     name: str
     kind: str
@@ -66,6 +67,7 @@ class SiteRecord:
     batch: int | None = None
     group: str | None = None
     tied: str | None = None
+    alpha: float | None = None
 
     @property
     def key(self) -> str:
@@ -121,7 +123,7 @@ def save_native(path: str | Path, record: NativeAdapter) -> None:
     >>> load_native(path).tensors["q"]["B"].shape
     torch.Size([3, 1])
     """
-    site_fields = ("name", "kind", "shape", "rows", "rank", "batch", "group", "tied")
+    site_fields = ("name", "kind", "shape", "rows", "rank", "batch", "group", "tied", "alpha")
     base = record.base and {n: {"shape": list(p.shape), "dtype": p.dtype, "hash": p.hash} for n, p in record.base.tensors.items()}
     document = {
         "schema": SCHEMA,
@@ -196,7 +198,7 @@ def _site(item: Any, where: str) -> SiteRecord:
     if item.get("rows") is not None:
         start, stop = _sizes(item["rows"], 2, where)
         rows = (start, stop)
-    rest = {k: item.get(k) for k in ("rank", "batch", "group", "tied")}
+    rest = {k: item.get(k) for k in ("rank", "batch", "group", "tied", "alpha")}
     return SiteRecord(item["name"], item["kind"], (out, in_), rows, **rest)
 
 

@@ -46,7 +46,7 @@ def check_sites(model: nn.Module, structure: Structure, sites: Sequence[Site], a
     good, dropped = [], []
     for site in sites:
         wrong = structure.fits(site)
-        if wrong and getattr(structure.core, "rank", 0) and "larger than the matrix" in wrong:
+        if wrong and "larger than the matrix" in wrong:
             raise TargetError(f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}")
         reason = wrong or _kind_refusal(structure, site) or _place_refusal(modules, site)
         if reason and not automatic:

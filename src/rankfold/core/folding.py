@@ -50,7 +50,9 @@ def folded_weights(store: Store) -> dict[str, Tensor]:
 
 
 def _folded(store: Store, module: nn.Module, groups: Sequence[Sequence[Slot]]) -> Tensor:
-    weight = module.weight.detach()  # type: ignore[union-attr]
+    stored = module._parameters["weight"]
+    assert stored is not None
+    weight = stored.detach()
     result = weight.clone()
     for group in groups:
         site = group[0].site

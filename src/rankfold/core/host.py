@@ -35,6 +35,10 @@ class Host:
         self.extras: list[tuple[str, Extra]] = []
         self.sides: list[Slot] = []
         self.calls = 0
+        self._ready: dict[str, tuple[int, bool, Program]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": {}}  # programs hold closures over this model: a copy makes its own
 
     @property
     def empty(self) -> bool:
@@ -47,8 +51,8 @@ class Host:
         if not store.enabled or not store.active:
             return native(module, *args, **kwargs)
         with swapped(module, self._own(store)) if self.extras else nullcontext():
-            on = {} if store.is_folded else {k: [s for s in v if s.member.name in store.active] for k, v in self.slots.items()}
-            if any(on.values()):
+            on = self._on()
+            if on:
                 y = self._changed(module, on, args[0] if args else next(iter(kwargs.values())))
             else:
                 y = native(module, *args, **kwargs)
@@ -65,8 +69,15 @@ class Host:
     def _own(self, store: Store) -> dict[str, Tensor]:
         return {extra.param: store.tensor(extra.key) for name, extra in self.extras if name in store.active}
 
-    def _changed(self, module: nn.Module, on: dict[str, list[Slot]], x: Tensor) -> Tensor:
-        slots = [group for group in on.values() if group]
+    def _on(self) -> list[list[Slot]]:
+        """Slots of the adapters that are on, by site."""
+        store = self.store
+        if store.is_folded:
+            return []
+        groups = ([s for s in group if s.member.name in store.active] for group in self.slots.values())
+        return [group for group in groups if group]
+
+    def _changed(self, module: nn.Module, slots: list[list[Slot]], x: Tensor) -> Tensor:
         if len(slots) == 1 and slots[0][0].site.rows is None:
             return self._site(module, slots[0], x, getattr(module, "bias", None))
         out = slots[0][0].base.module.weight.shape[0 if slots[0][0].site.kind == "linear" else 1]
@@ -89,10 +100,21 @@ class Host:
         return run(Program(base, lambda leaves, x: base, ()), x, _rows_of(getattr(module, "bias", None), rows), "plain")
 
     def _site(self, module: nn.Module, slots: Sequence[Slot], x: Tensor, bias: Tensor | None) -> Tensor:
-        program = site_program(self.store, slots, module.training)
+        program = self._program(slots, module.training)
         if slots[0].site.kind == "embedding":
             return program.expression().columns(x)
         return run(program, x, bias, self.store.plan, self.store.memory)
+
+    def _program(self, slots: Sequence[Slot], training: bool) -> Program:
+        """The program of a site, kept while nothing about it changes."""
+        key = slots[0].site.key
+        ready = self._ready.get(key)
+        if ready is not None and ready[0] == self.store.version and ready[1] == training:
+            return ready[2]
+        program = site_program(self.store, slots, training)
+        if program.keep():
+            self._ready[key] = (self.store.version, training, program)
+        return program
 
 
 def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program:
@@ -148,7 +170,7 @@ def swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
 
 
 @functools.cache
-def hosted(cls: type[nn.Module]) -> type[nn.Module]:
+def hosted(cls: Any) -> type[nn.Module]:
     """The cached subclass of `cls` whose forward asks the host first. It keeps the name of `cls`, and pickles and copies as itself."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

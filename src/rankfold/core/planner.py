@@ -10,8 +10,8 @@ Custom functions are once-differentiable; whoever needs second derivatives asks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from rankfold.errors import LayoutError, OptionError
 from rankfold.kernels import lowrank_linear, magnitude_linear
 from rankfold.kernels.magnitude import amplify
-from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
+from rankfold.linalg import Dense, Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
 from rankfold.linalg.dropout import Dropout
 
 from . import costs
@@ -51,6 +51,7 @@ class Program:
     """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate looks at it).
 
     `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists. `cache` holds row norms.
+    An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
     """
 
     base: Base
@@ -59,9 +60,34 @@ class Program:
     dense_ok: bool = True
     needs_x: bool = False
     cache: dict | None = None
+    kept: tuple[Operator, Fused | None] | None = None
 
     def expression(self, leaves: Sequence[Tensor] | None = None, x: Tensor | None = None) -> Operator:
+        if leaves is None and self.kept is not None:
+            return self.kept[0]
         return simplify(self.build(self.leaves if leaves is None else leaves, x))
+
+    def keep(self) -> bool:
+        """Keep the expression if it is a mere record of the leaves; says whether it is."""
+        fixed = all(t.is_leaf for t in self.leaves)  # slices of a shared tensor that trains are cut anew in each pass
+        if self.dense_ok and fixed and not torch.compiler.is_compiling():
+            expr = self.expression()
+            own = {id(t) for t in self.leaves}
+            if all(id(t) in own for t in _tensors(expr, self.base)):
+                self.kept = (expr, _fused_form(expr, self.base))
+        return self.kept is not None
+
+
+def _tensors(expr: Operator, base: Base) -> Iterator[Tensor]:
+    if expr is base:
+        return
+    for f in fields(expr):
+        value = getattr(expr, f.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, Operator):
+                yield from _tensors(item, base)
 
 
 def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "auto", memory: str = "auto") -> Tensor:
@@ -88,7 +114,7 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
         return _plain(program, x, bias)
     expr = program.expression(x=x if program.needs_x else None)
     if plan in ("auto", "fused"):
-        fused = _fused_form(expr, program.base)
+        fused = program.kept[1] if program.kept is not None else _fused_form(expr, program.base)
         if fused is not None:
             return _run_fused(program, fused, x, bias)
         if plan == "fused":
@@ -110,16 +136,23 @@ def _must_be_plain(program: Program) -> bool:
 
 
 def _plain(program: Program, x: Tensor, bias: Tensor | None) -> Tensor:
-    expr = program.expression(x=x if program.needs_x else None)
-    if isinstance(expr, Sum) and expr.terms[0] is program.base:  # the bias goes in with the base: the same bits as nn.Linear
-        y = program.base.matmul(x, bias)
-        for term in expr.terms[1:]:
+    return _product(program.expression(x=x if program.needs_x else None), program.base, x, bias)
+
+
+def _product(op: Operator, base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x opᵀ + bias, with the bias inside the product of the weight that leads: the same bits as nn.Linear where the change is zero."""
+    if op is base:
+        return base.matmul(x, bias)
+    if isinstance(op, Dense):
+        return F.linear(x, like(op.W, x), None if bias is None else like(bias, x))
+    if isinstance(op, Product):
+        return _product(op.left, base, op.right.matmul(x), bias)
+    if isinstance(op, Sum):
+        y = _product(op.terms[0], base, x, bias)
+        for term in op.terms[1:]:
             y = y + term.matmul(x)
         return y
-    if expr is program.base:
-        return program.base.matmul(x, bias)
-    y = expr.matmul(x)
-    return y if bias is None else y + like(bias, y)
+    return _plus(op.matmul(x), bias)
 
 
 def _factors(op: Operator) -> tuple | None:
@@ -225,6 +258,8 @@ def _structured(program: Program, expr: Operator, x: Tensor, bias: Tensor | None
     def walk(op: Operator, path: tuple, z: Tensor, b: Tensor | None) -> Tensor:
         if op is base:
             return base.matmul(z, b)
+        if isinstance(op, Dense):
+            return _product(op, base, z, b)
         if not contains(op, base):
             return _plus(apply(op, path, z), b)
         if isinstance(op, Magnitude):

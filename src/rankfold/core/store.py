@@ -114,6 +114,8 @@ class Store(nn.Module):
     It adds nothing to any state_dict: checkpoints of the model hold the base's keys only, adapters have files of their own.
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)  # plain reference: a registered one would make the model its own grandchild
@@ -123,7 +125,7 @@ class Store(nn.Module):
         self.version = 0
         self.plan, self.memory = "auto", "auto"
         self.context = Context()
-        self.folded: dict[str, list[tuple[str, str, nn.Parameter]]] = {}
+        self.folded: dict[str, list[tuple[str, nn.Parameter]]] = {}
         self.trainable_before: dict[str, bool] = {}
         self.handle: Any = None
         self.watchers: list[Any] = []

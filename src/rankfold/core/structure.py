@@ -158,16 +158,20 @@ class Structure(Options):
         """The innermost structure: what decorators decorate."""
         return self
 
-    def at_rank(self, rank: int) -> Structure:
-        """The same structure at another rank with its scale kept: alpha follows as rank^power."""
+    def at_rank(self, rank: int, alpha: float | None = None) -> Structure:
+        """The same structure at another rank with its scale kept: alpha follows as rank^power, unless it is given."""
         known = {f.name for f in dataclasses.fields(self)}
         if "rank" not in known:
             raise CompositionError(f"{type(self).__name__} has no rank that could be redistributed")
         changes: dict[str, Any] = {"rank": rank}
-        alpha, old = getattr(self, "alpha", None), getattr(self, "rank")
+        old, old_rank = getattr(self, "alpha", None), getattr(self, "rank")
         if alpha is not None:
-            changes["alpha"] = self.scale * rank ** getattr(self, "power", 1.0) if rank else alpha
-        return dataclasses.replace(self, **changes) if rank != old else self
+            changes["alpha"] = alpha
+        elif rank == old_rank:
+            return self
+        elif old is not None:
+            changes["alpha"] = self.scale * rank ** getattr(self, "power", 1.0) if rank else old
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +206,8 @@ class Decorator(Structure):
     def core(self) -> Structure:
         return self.inner.core
 
-    def at_rank(self, rank: int) -> Structure:
-        return dataclasses.replace(self, inner=self.inner.at_rank(rank))
+    def at_rank(self, rank: int, alpha: float | None = None) -> Structure:
+        return dataclasses.replace(self, inner=self.inner.at_rank(rank, alpha))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         gain = m / norm
         gm = None
         if y is not None:
-            total = torch.linalg.vecdot(g, y, dim=0) if g.dtype == m.dtype else torch.einsum("to,to->o", g.float(), y.float())
+            total = (g * y).sum(0, dtype=m.dtype)  # rounding each product as y itself is rounded averages out in the sum
             if bias is not None:
                 total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
             gm = total / m

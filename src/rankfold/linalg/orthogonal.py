@@ -45,9 +45,15 @@ class Householder(Operator):
         return True
 
     def unit(self) -> Tensor:
-        """The columns of U at length one, [*batch, n, r]."""
+        """The columns of U at length one, [*batch, n, r]; a zero column stays zero, and its reflection is the identity."""
+        return self._columns()[1]
+
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, its unit columns, and their lengths (one where a column is zero), in at least float32."""
         U = at_least_float32(self.U)
-        return U / torch.linalg.vector_norm(U, dim=-2, keepdim=True).clamp_min(torch.finfo(U.dtype).tiny)
+        length = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
+        length = torch.where(length > 0, length, torch.ones_like(length))
+        return U, U / length, length
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """(X, T), [*batch, n, r] and [*batch, r, r], with H_1 ... H_r = 1 − X T Xᵀ.
@@ -55,10 +61,14 @@ class Householder(Operator):
         With M the 2 x 2 blocks of the pairs, (1 + X_1 M_1 X_1ᵀ)(1 + X_2 M_2 X_2ᵀ) ... = 1 + X N Xᵀ for N = (1 − M S)⁻¹ M, where S
         is XᵀX above its diagonal blocks; T = −N.
         """
-        U = self.unit()
+        raw, U, length = self._columns()
         r = U.shape[-1]
+        (u, v), (a, b) = ((t[..., 0 : r - r % 2 : 2], t[..., 1::2]) for t in (raw, length))
         first, second = U[..., 0 : r - r % 2 : 2], U[..., 1::2]
-        d = second - first  # exact for close neighbours
+        # v/‖v‖ − u/‖u‖ from v − u, which is exact for close neighbours: the rounding of the unit columns would drown a small turn
+        e = v - u
+        d = (e - first * ((e * (u + v)).sum(-2, keepdim=True) / (a + b))) / b
+        d = torch.where((v == 0).all(-2, keepdim=True), second - first, d)
         X = torch.stack([first, d], -1).flatten(-2)
         delta = d.square().sum(-2)  # [*batch, pairs]
         two = torch.full_like(delta, 2.0)

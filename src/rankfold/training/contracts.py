@@ -53,6 +53,9 @@ class Statistic:
         """Take the states of all processes (this one's among them) in place of its own."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """The pass is over: reduce what is held to what the init will ask for. Afterwards nothing is observed or merged."""
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -143,8 +146,15 @@ class RankPolicy(Options):
     allocates: ClassVar[bool] = False
     steps: ClassVar[bool] = False
 
-    def allocate(self, scores: Mapping[str, Tensor], ranks: Mapping[str, int], limits: Mapping[str, int]) -> dict[str, int]:
-        """Ranks by site key before training; 0 removes the adapter there. `ranks` is the uniform start, `limits` min(out, in)."""
+    def allocate(
+        self,
+        scores: Mapping[str, Tensor],
+        ranks: Mapping[str, int],
+        limits: Mapping[str, int],
+        costs: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """Ranks by site key before training; 0 removes the adapter there. `ranks` is the uniform start, `limits` min(out, in), `costs` the
+        parameters of one rank. A site without scores keeps its rank."""
         return dict(ranks)
 
     def on_step(self, t: int, total: int, sites: Sequence[SiteView]) -> list[Edit]:
@@ -162,7 +172,8 @@ class RankPolicy(Options):
 
 @dataclass(frozen=True)
 class Trainable:
-    """One tensor as an update sees it: with its role, its site, the scale of its product and, for offsets, where it started."""
+    """One tensor as an update sees it: with its role, its site and the site's kind, the scale of its product and, for offsets, where it
+    started."""
 
     name: str
     param: torch.nn.Parameter
@@ -170,6 +181,7 @@ class Trainable:
     site: str | None = None
     scale: float = 1.0
     start: Tensor | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,9 @@ def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
     sites, tensors = [], {}
     for key, slot in member.slots.items():
         s = slot.site
-        rank = getattr(slot.structure.core, "rank", None)
-        sites.append(SiteRecord(s.name, s.kind, s.shape, s.rows, rank, s.batch, s.group, s.tied))
+        rank, alpha = (getattr(slot.structure.core, number, None) for number in ("rank", "alpha"))
+        follows = alpha == getattr(_at_rank(a.method.structure, rank, None, key).core, "alpha", None)
+        sites.append(SiteRecord(s.name, s.kind, s.shape, s.rows, rank, s.batch, s.group, s.tied, None if follows else alpha))
         own = {f: store.tensor(k).detach().cpu() for f, (k, _) in slot.binding.items() if k not in shared_keys}
         tensors[key] = own
     prefix = member.name + "/"
@@ -95,7 +96,7 @@ def attach_record(
             raise FingerprintError(f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)")
         if verdict.verdict != "same":
             warnings.warn(f"{source}: {verdict}", stacklevel=3)
-    structures = {s.key: _at_rank(m.structure, item.rank) for s, item in zip(sites, record.sites)}
+    structures = {s.key: _at_rank(m.structure, item.rank, item.alpha, f"{source}: {s.key}") for s, item in zip(sites, record.sites)}
     _check_tensors(record, sites, structures, source)
     found = {f"{k}": dict(v) for k, v in record.tensors.items()}
 
@@ -129,8 +130,12 @@ def _serves(shared_name: str, site: Site) -> bool:
     return owner == "shared" or owner == f"group:{site.group or site.name}"
 
 
-def _at_rank(structure: Structure, rank: int | None) -> Structure:
-    return structure if rank is None or rank == getattr(structure.core, "rank", rank) else structure.at_rank(rank)
+def _at_rank(structure: Structure, rank: int | None, alpha: float | None, where: str) -> Structure:
+    """The structure of one site, as a rank policy or a file from elsewhere gave it."""
+    if alpha is not None and (rank is None or not hasattr(structure.core, "alpha")):
+        raise FileError(f"{where}: has an alpha, which {type(structure.core).__name__} knows nothing of")
+    same = rank is None or rank == getattr(structure.core, "rank", rank)
+    return structure if same and alpha is None else structure.at_rank(rank, alpha)  # type: ignore[arg-type]
 
 
 def _site(item: SiteRecord, modules: Mapping[str, nn.Module], source: str) -> Site:

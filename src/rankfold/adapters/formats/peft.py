@@ -1,9 +1,9 @@
 """The folder of Hugging Face's peft (0.21): adapter_config.json and adapter_model.safetensors, for LoRA, rsLoRA and DoRA.
 
 Written so that it is exact: the factors' bytes as they are, the scale in lora_alpha and alpha_pattern (folding it into a bf16 B
-would cost 2e-3), and init_lora_weights true, because peft runs other inits again at load time. Read so that nothing is guessed: the
-tensors' names are the truth, no pattern is run as a regular expression, and an option that would change the function is refused
-by name.
+would cost 2e-3), and init_lora_weights true, because peft runs other inits again at load time. Read so that nothing is guessed:
+the tensors' names are the truth, no pattern is run as a regular expression, and an option that would change the function is
+refused by name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
     """Write the adapter as a folder that peft loads, and return notes on what a reader should know.
 
     Row slices are joined into one entry of their weight (exactly; ranks add). Extra tensors become `modules_to_save`, which peft
-    takes as whole modules; the bias of an adapted site goes in as a trained bias. Entries of rank 0 are no change and are left out.
+    takes as whole modules; a bias alone goes in as a trained bias. Entries of rank 0 are left out.
 
     Args:
         base_model: what `base_model_name_or_path` says.
@@ -77,12 +77,13 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
             tensors[f"{PREFIX}{e.name}.lora_magnitude_vector"] = e.magnitude
     names = {e.name for e in entries}
     modules: set[str] = set()
-    biases = False
+    biases: set[str] = set()
+    saved = {name.rpartition(".")[0] for name in adapter.extras if not name.endswith(".bias")}
     for name, t in adapter.extras.items():
         module, _, parameter = name.rpartition(".")
-        if module in names and parameter == "bias":
-            tensors[f"{PREFIX}{module}.base_layer.bias"] = t
-            biases = True
+        if parameter == "bias" and module not in saved:
+            biases.add(module)
+            tensors[f"{PREFIX}{module}.base_layer.bias" if module in names else PREFIX + name] = t
         elif module in names or not module:
             raise CompositionError(
                 f"{name}: peft can't store this extra tensor: "
@@ -92,10 +93,9 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
             tensors[PREFIX + name] = t
             modules.add(module)
     if modules:
-        notes.append(
-            "peft takes modules_to_save whole: every parameter of " + ", ".join(sorted(modules)) + " must be among the extras"
-        )
-    config = _config(entries, sorted(modules), biases, adapter.metadata, base_model)
+        notes.append(f"peft takes modules whole: every parameter of {', '.join(sorted(modules))} must be among the extra tensors")
+    bias = "none" if not biases else "lora_only" if biases <= names else "all"
+    config = _config(entries, sorted(modules), bias, adapter.metadata, base_model)
     with atomic_folder(path, owns=(CONFIG, TENSORS)) as folder:
         write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
@@ -107,21 +107,27 @@ def _writable(entries: list[Entry]) -> None:
         raise CompositionError("the adapter changes no weight; peft has no folder for that")
     gained = [e.key for e in entries if e.gain is not None]
     if gained:
-        raise CompositionError(
-            f"{gained[0]}: rows rescaled by a gain; peft stores lengths. Export before the norms are folded into gains"
-        )
+        raise CompositionError(f"{gained[0]}: rows rescaled by a gain; peft stores lengths of rows. Give Entry.magnitude instead")
     plain = [e.key for e in entries if e.magnitude is None]
     if plain and len(plain) < len(entries):
         raise CompositionError(
-            f"magnitudes at {len(entries) - len(plain)} of {len(entries)} sites (none at {plain[0]}): peft has one switch, use_dora, for all"
+            f"magnitudes at {len(entries) - len(plain)} of {len(entries)} sites (none at {plain[0]}): "
+            "peft has one switch, use_dora, for all of them"
         )
     empty = [e.key for e in entries if not e.rank]
     if empty:
         raise CompositionError(f"{empty[0]}: a magnitude over rank 0; peft needs a rank of at least 1")
 
 
-def _config(entries: list[Entry], modules: list[str], biases: bool, metadata: Mapping[str, Any], base_model: str | None) -> dict:
-    rank, alpha = entries[0].rank, entries[0].scale * entries[0].rank
+def _alpha(e: Entry) -> float:
+    alpha = e.scale * e.rank
+    return int(alpha) if float(alpha).is_integer() else alpha  # peft declares it as an integer
+
+
+def _config(
+    entries: list[Entry], modules: list[str], bias: str, metadata: Mapping[str, Any], base_model: str | None
+) -> dict[str, Any]:
+    rank, alpha = entries[0].rank, _alpha(entries[0])
     task = metadata.get("task_type")
     return {
         "peft_type": "LORA",
@@ -131,12 +137,12 @@ def _config(entries: list[Entry], modules: list[str], biases: bool, metadata: Ma
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(e.name): e.rank for e in entries if e.rank != rank},
-        "alpha_pattern": {_pattern(e.name): e.scale * e.rank for e in entries if e.scale * e.rank != alpha},
+        "alpha_pattern": {_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
         "use_rslora": False,  # alpha holds the whole scale: scale = alpha / r at every site
         "use_dora": entries[0].magnitude is not None,
         "target_modules": [e.name for e in entries],
         "modules_to_save": modules or None,
-        "bias": "lora_only" if biases else "none",
+        "bias": bias,
         "fan_in_fan_out": any(e.kind == "conv1d" for e in entries),
         "init_lora_weights": True,
         "lora_dropout": 0.0,
@@ -144,19 +150,19 @@ def _config(entries: list[Entry], modules: list[str], biases: bool, metadata: Ma
 
 
 def _pattern(name: str) -> str:
-    """peft runs these keys as regular expressions on the end of a name, the first match wins: anchored, only this site is meant."""
+    """peft runs these keys as regular expressions on the end of a name, first match first: anchored, only this site is meant."""
     return "^" + name.replace(".", r"\.")
 
 
 def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
     """Read a folder that peft wrote, exactly: s · B A at every site, magnitudes, saved modules and biases as extras.
 
-    The config's switches must be ones that are known not to matter, or off. `metadata` keeps task_type, base_model, options, and, where
-    peft stored copies of base weights beside an adapted embedding, their fingerprints under "base_copies".
+    The config's switches must be ones that are known not to matter, or off. `metadata` keeps task_type, base_model, options, and,
+    where peft stored copies of base weights beside an adapted embedding, their fingerprint under "base_copies".
 
     Raises:
-        FileError: not such a folder; damaged, hostile or pickled tensors; another method than LoRA; an option that would change the
-            function; an alpha_pattern that would have to be run as a regular expression; ranks that contradict the config.
+        FileError: not such a folder; damaged, hostile or pickled tensors; another method than LoRA; an option that would change
+            the function; an alpha_pattern that would have to be run as a regular expression; ranks that contradict the config.
     """
     path = Path(path)
     recover_folder(path)
@@ -197,18 +203,17 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: must be an object")
     if config.get("peft_type") != "LORA":
         raise FileError(
-            f"{path}: peft_type {str(config.get('peft_type'))[:40]!r}; rankfold reads folders of peft's LORA (with rsLoRA and DoRA)"
+            f"{path}: peft_type {str(config.get('peft_type'))[:40]!r}; rankfold reads peft's LORA (rsLoRA and DoRA included)"
         )
     on = sorted(k for k, v in config.items() if k not in HARMLESS and v not in (None, False, {}, []))
     if on:
-        raise FileError(
-            f"{path}: {', '.join(f'{k[:40]}={str(config[k])[:40]}' for k in on[:4])}: not known to rankfold, and it may change the function"
-        )
+        shown = ", ".join(f"{k[:40]}={str(config[k])[:40]}" for k in on[:4])
+        raise FileError(f"{path}: {shown}: rankfold does not know what that does, and it may change the function")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(REBASED):
         raise FileError(
-            f"{path}: init_lora_weights={init[:40]!r}: these factors sit on a base that peft has changed, not on the checkpoint. Save it again "
-            "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            f"{path}: init_lora_weights={init[:40]!r}: these factors sit on a base that peft has changed, not on the checkpoint. "
+            "Save it again with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     kinds: dict[str, tuple[type | tuple[type, ...], Any]] = {
         "r": (int, 8), "lora_alpha": ((int, float), 8), "use_rslora": (bool, False), "use_dora": (bool, False),
@@ -222,7 +227,8 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
     for pattern, alpha in config["alpha_pattern"].items():
         if _literal(pattern) is None:
             raise FileError(
-                f"{path}: alpha_pattern {pattern[:60]!r} is a regular expression, and rankfold runs none from a file. Write the names in full"
+                f"{path}: alpha_pattern {pattern[:60]!r} is a regular expression, and rankfold runs none from a file. "
+                "Write the names in full"
             )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise FileError(f"{path}: alpha_pattern {pattern[:60]!r}: {str(alpha)[:40]!r} is not a number")
@@ -283,9 +289,8 @@ def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> En
         raise FileError(f"{where}: {site} is of rank {rank}, {CONFIG} says {str(expected)[:20]}")
     magnitude = own.get("lora_magnitude_vector")
     if (magnitude is not None) != config["use_dora"]:
-        raise FileError(
-            f"{where}: {site} has {'a' if magnitude is not None else 'no'} magnitude, and {CONFIG} says use_dora={config['use_dora']}"
-        )
+        has = "a" if magnitude is not None else "no"
+        raise FileError(f"{where}: {site} has {has} magnitude, and {CONFIG} says use_dora={config['use_dora']}")
     if magnitude is not None:
         magnitude = magnitude.flatten()
         if magnitude.shape != (B.shape[0],):

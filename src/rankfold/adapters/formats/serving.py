@@ -1,6 +1,6 @@
 """A folder for serving engines, which want one rank, no scale of their own, one dtype, and nothing but LoRA.
 
-The scale is folded into B and ranks are filled up with zeros. Folding rounds, so the error of every site is measured and returned.
+The scale is folded into B, ranks are filled up with zeros. Folding rounds, so the error of every site is measured and returned.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def write_serving(
         FileError: the folder can't be written.
 
     >>> import tempfile
-    >>> adapter = Adapter.of([Entry("q", torch.ones(3, 1), torch.ones(1, 2), scale=1 / 3), Entry("k", torch.ones(3, 2), torch.ones(2, 2))])
-    >>> report = write_serving(tempfile.mkdtemp(), adapter)
+    >>> q = Entry("q", torch.ones(3, 1), torch.ones(1, 2), scale=1 / 3)
+    >>> k = Entry("k", torch.ones(3, 2), torch.ones(2, 2))
+    >>> report = write_serving(tempfile.mkdtemp(), Adapter.of([q, k]))
     >>> report.rank, report.errors["k"], 0 < report.errors["q"] < 4e-3
     (2, 0.0, True)
     """

@@ -1,0 +1,290 @@
+"""Adapters in and out: `rf.load` takes rankfold's own folders and peft's, `export` writes what other tools take, with its error."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.adapters.adapter import Adapter, Entry
+from rankfold.adapters.atomic import recover_folder
+from rankfold.adapters.fingerprint import Fingerprint, compare
+from rankfold.adapters.formats import peft, serving
+from rankfold.adapters.native import JSON, NativeAdapter, SiteRecord
+from rankfold.core.attaching import specs_of
+from rankfold.core.site import Site, every_site
+from rankfold.core.store import store_of
+from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, UnknownName, nearest
+from rankfold.training import saving
+from rankfold.training.method import method
+from rankfold.training.prints import fingerprint
+
+from .folded import write_folded
+
+if TYPE_CHECKING:
+    from rankfold.training.adaptation import Adaptation
+
+__all__ = ["FORMATS", "ExportReport", "attach_adapter", "export", "folder_format", "load"]
+
+FORMATS = ("peft", "folded", "serving")
+BORROWED = "rankfold-export"  # name of an adapter that is attached only to be exported
+
+
+def folder_format(path: str | Path) -> Literal["rankfold", "peft"]:
+    """Whose adapter a folder holds.
+
+    Raises:
+        FileError: no such folder, or nothing in it that rankfold reads.
+    """
+    path = Path(path)
+    recover_folder(path)
+    if not path.is_dir():
+        what = "is a file; give the folder that holds it" if path.exists() else "there is no such folder"
+        raise FileError(f"{path}: {what}")
+    if (path / JSON).is_file():
+        return "rankfold"
+    if (path / peft.CONFIG).is_file():
+        return "peft"
+    there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileError(f"{path}: no adapter here: neither {JSON} (rankfold) nor {peft.CONFIG} (peft); it holds: {there}")
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    force: bool = False,
+    plan: str = "auto",
+    memory: str = "auto",
+) -> Adaptation:
+    """Attach a saved adapter to its base: same function, without running an init.
+
+    Args:
+        path: a folder written by `adaptation.save`, or by peft (LoRA, rsLoRA, DoRA; as they are stored, ready to train on).
+        name: of the adapter in this model, which may carry several; it is switched on.
+        force: take a base with another fingerprint all the same.
+        plan, memory: as in `rf.adapt`.
+
+    Raises:
+        FingerprintError: the base is another one.
+        FileError: damaged, foreign, a pickle, or not fitting this model.
+
+    >>> import tempfile, torch, rankfold as rf
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.ones(1, 8)
+    >>> adaptation = rf.adapt(model, "lora", rank=2)
+    >>> _ = adaptation.parameters()[0].data.fill_(0.1)
+    >>> y, folder = model(x), adaptation.save(tempfile.mkdtemp())
+    >>> adaptation.remove()
+    >>> torch.equal(model(x), y), torch.equal(rf.load(model, folder).model(x), y)
+    (False, True)
+    """
+    if folder_format(path) == "peft":
+        return attach_adapter(model, peft.read_peft(path), str(path), name=name, force=force, plan=plan, memory=memory)
+    return saving.load(model, path, name=name, force=force, plan=plan, memory=memory)
+
+
+def attach_adapter(
+    model: nn.Module,
+    adapter: Adapter,
+    source: str = "adapter",
+    *,
+    name: str = "default",
+    force: bool = False,
+    plan: str = "auto",
+    memory: str = "auto",
+) -> Adaptation:
+    """Attach an adapter in normal form: as `lora`, or `magnitude+lora` where it has magnitudes, with each site's own rank and scale.
+
+    Raises:
+        FileError: it does not fit this model. FingerprintError: it brings copies of base weights, and they are not this model's.
+        CompositionError: gains, or magnitudes at some sites only.
+    """
+    entries = list(adapter.entries.values())
+    rescaled = [e for e in entries if e.magnitude is not None]
+    if not entries or any(e.gain is not None for e in entries) or len(rescaled) not in (0, len(entries)):
+        raise CompositionError(f"{source}: an adapter must change some weight, and have magnitudes at all of its sites or at none, and no gains")
+    copies = adapter.metadata.get("base_copies")
+    if isinstance(copies, Fingerprint) and not force:
+        _same_base(model, copies, source)
+    if (dropout := (adapter.metadata.get("options") or {}).get("lora_dropout")) and isinstance(dropout, float):
+        warnings.warn(f"{source}: trained with dropout {dropout:g}, which the loaded adapter does not have if it trains on", stacklevel=3)
+    common, _ = Counter((e.rank, e.scale) for e in entries).most_common(1)[0]
+    chosen = method("magnitude+lora" if rescaled else "lora", rank=common[0], alpha=_alpha(*common, source))
+    known = {s.name: s for s in every_site(model)}
+    records, tensors = [], {}
+    for e in entries:
+        site = _fitting(e, known, source)
+        alpha = _alpha(e.rank, e.scale, f"{source}: {e.key}")
+        records.append(SiteRecord(site.name, site.kind, site.shape, site.rows, e.rank, None, site.group, site.tied, alpha))
+        by_role = {"B": e.B, "A": e.A, "magnitude": e.magnitude}
+        specs = specs_of(chosen.structure.at_rank(e.rank, alpha), site)
+        tensors[e.key] = {field_: by_role[spec.role] for field_, spec in specs.items()}
+    record = NativeAdapter(chosen.text, chosen.options, tuple(records), tensors, extras=dict(adapter.extras))  # type: ignore[arg-type]
+    return saving.attach_record(model, record, source, name=name, force=force, plan=plan, memory=memory)
+
+
+def _alpha(rank: int, scale: float, where: str) -> float:
+    if not scale > 0 or not rank:
+        raise FileError(f"{where}: rank {rank} and scale {scale:g}: such a site changes nothing that could train on")
+    return scale * rank
+
+
+def _same_base(model: nn.Module, copies: Fingerprint, source: str) -> None:
+    names = sorted({n.rpartition(".")[0] for n in copies.tensors})
+    present = {n for n, _ in model.named_modules()}
+    verdict = compare(copies, fingerprint(model, [n for n in names if n in present]))
+    if verdict.verdict == "different":
+        raise FingerprintError(f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)")
+
+
+def _fitting(e: Entry, known: Mapping[str, Site], source: str) -> Site:
+    """The site of the model that an entry speaks of; the file's word for its kind is not needed."""
+    site = known.get(e.name)
+    if site is None:
+        close = ", ".join(nearest(e.name, known)) or "none: it has no linear layer and no embedding"
+        raise FileError(f"{source}: this model has no site {e.name!r}; nearest: {close}")
+    if e.rows is not None:
+        site = Site(site.name, (e.rows[1] - e.rows[0], site.shape[1]), site.kind, e.rows, tied=site.tied)
+    if e.shape != site.shape or (e.kind == "embedding") != (site.kind == "embedding"):
+        raise FileError(f"{source}: {e.key} changes a map {e.shape} ({e.kind}); in this model it is {site.shape} ({site.kind})")
+    return site
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what it cost.
+
+    Args:
+        to: the format.
+        path: the folder.
+        errors: ‖Δ' − Δ‖ / ‖Δ‖ by site; 0 where the form is exact.
+        ranks: by site, where the format has ranks.
+        notes: what a reader of the folder should know.
+    """
+
+    to: str
+    path: Path
+    errors: Mapping[str, float]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def largest(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def worst(self) -> str | None:
+        """The site of the largest error; None where everything is exact."""
+        return max(self.errors, key=self.errors.__getitem__) if self.largest else None
+
+
+def export(
+    model: nn.Module,
+    source: str | Path | Adaptation,
+    to: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Write an adapter for other tools, and say what the form costs.
+
+    "peft": its LoRA or DoRA folder; exact for whatever is a LoRA (an offset as rank 2r), a rotation, or a magnitude over these; the
+    scale stays in alpha. "folded": the whole model with the changed weights, `save_pretrained` where the model has it, else
+    model.safetensors. "serving": one rank, the scale folded into B, in one dtype.
+
+    Args:
+        model: the base. It is as before afterwards.
+        source: an adapter folder, or the model's own adaptation (with `name` where it has several).
+        rank: cut every change to this rank; for serving also the common rank.
+        dtype: of the written weights; by default the base's (folded), bfloat16 (serving). peft's factors stay as they are.
+
+    Raises:
+        CompositionError: a change that the format can't hold. UnknownName: no such format. FileError: the folder can't be written.
+    """
+    if to not in FORMATS:
+        raise UnknownName.of("format", to, FORMATS, f"there are: {', '.join(FORMATS)}")
+    if (to == "folded" and rank is not None) or (to == "peft" and dtype is not None):
+        raise OptionError(f"export --to {to}: {'a folded model has no rank' if rank else 'the factors keep the dtype that they trained in'}")
+    out = Path(out)
+    with _attached(model, source, name, force) as (adaptation, name):
+        ties = tuple(_broken_ties(model, adaptation, name))
+        if to == "folded":
+            errors = write_folded(adaptation, name, out, dtype)
+            return ExportReport(to, out, errors, notes=ties)
+        adapter, errors = saving.normal_form(adaptation, name, rank)
+        adapter = Adapter(adapter.entries, _whole_modules(model, adapter), adapter.metadata)
+        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        if to == "peft":
+            notes = peft.write_peft(out, adapter, base_model)
+            return ExportReport(to, out, errors, adapter.ranks, (*ties, *notes))
+        report = serving.write_serving(out, adapter, dtype or torch.bfloat16, rank, base_model)
+        left = (f"left out, engines take no whole modules: {', '.join(report.left_out)}",) if report.left_out else ()
+        return ExportReport(to, out, _both(errors, report.errors), dict.fromkeys(report.errors, report.rank), (*ties, *left))
+
+
+@contextmanager
+def _attached(model: nn.Module, source: str | Path | Adaptation, name: str | None, force: bool) -> Iterator[tuple[Adaptation, str]]:
+    """(handle, adapter's name), that adapter alone being on; the model is as before afterwards."""
+    store = store_of(model)
+    before = dict(store.active) if store is not None else {}
+    borrowed = isinstance(source, str | Path)
+    if borrowed:
+        adaptation, name = load(model, source, name=BORROWED, force=force), BORROWED  # type: ignore[arg-type]
+    else:
+        adaptation = source  # type: ignore[assignment]
+        name = adaptation._get(name).member.name
+    try:
+        adaptation.use(name)
+        yield adaptation, name
+    finally:
+        if borrowed:
+            adaptation.remove(name)
+        if (store := store_of(model)) is not None:
+            store.switch(before)
+
+
+def _whole_modules(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The extra tensors, filled up so that every module is whole and every user of a tied tensor has its copy, as peft stores them."""
+    adapted = {e.name for e in adapter.entries.values()}
+    extras = dict(adapter.extras)
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n.partition(".")[0] != "rankfold"}
+    for full, value in adapter.extras.items():
+        owner, _, leaf = full.rpartition(".")
+        tied = modules[owner]._parameters[leaf]
+        extras |= {f"{n}.{k}": value for n, m in modules.items() for k, p in m._parameters.items() if p is tied}
+    for owner in {full.rpartition(".")[0] for full in extras} - adapted:
+        extras |= {f"{owner}.{k}": p.detach().cpu() for k, p in modules[owner]._parameters.items() if p is not None and f"{owner}.{k}" not in extras}
+    return extras
+
+
+def _broken_ties(model: nn.Module, adaptation: Adaptation, name: str) -> Iterator[str]:
+    """Adapted weights that other modules share without being adapted: they keep the base's."""
+    adapted = {s.site.name for s in adaptation.slots(name)}
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            users.setdefault(id(weight), []).append(path)
+    for sharing in users.values():
+        changed, kept = [n for n in sharing if n in adapted], [n for n in sharing if n not in adapted]
+        if changed and kept:
+            yield f"{', '.join(changed)} shares its weight with {', '.join(kept)}, which keeps the base's: the adapter changes the first alone"
+
+
+def _both(cut: Mapping[str, float], rounded: Mapping[str, float]) -> dict[str, float]:
+    """Cutting, then rounding what was left: the relative errors add up to at most this."""
+    by_module: dict[str, float] = {}
+    for key, error in cut.items():
+        module = key.partition("[")[0]
+        by_module[module] = max(by_module.get(module, 0.0), error)
+    return {k: by_module.get(k, 0.0) + error for k, error in rounded.items()}

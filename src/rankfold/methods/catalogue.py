@@ -1,0 +1,53 @@
+"""The named compositions: what a bare name stands for when it is no member of an axis itself. Literals only; imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["COMPOSITIONS", "Composition"]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A method as a chain of parts with preset options.
+
+    Args:
+        parts: the chain, as one would type it.
+        options: presets, each under the name of its part ("lora.power"); the user's own options win.
+        doc: one line.
+        paper: citation key.
+    """
+
+    parts: str
+    options: Mapping[str, float | int | str] = field(default_factory=dict)
+    doc: str = ""
+    paper: str | None = None
+
+
+COMPOSITIONS: dict[str, Composition] = {
+    "rslora": Composition(
+        "lora",
+        {"lora.power": 0.5},
+        "LoRA with s = alpha / √rank: the step keeps its size as rank grows.",
+        "kalajdzievski2023rslora",
+    ),
+    "dora": Composition("magnitude+lora", {}, "LoRA for the directions of the rows, lengths trained apart.", "liu2024dora"),
+    "dvora": Composition("magnitude+vera", {}, "VeRA for the directions of the rows, lengths trained apart.", "liu2024dora"),
+    "pissa": Composition("lora+init:pissa", {}, "LoRA started at the principal components of W.", "meng2024pissa"),
+    "eva": Composition(
+        "lora+init:eva+rank:eva",
+        {},
+        "A started at principal components of the inputs, ranks where they explain most.",
+        "paischer2024eva",
+    ),
+    "lora-ga": Composition(
+        "lora+init:lora-ga", {}, "LoRA started so that its first step is that of full fine-tuning.", "wang2024loraga"
+    ),
+    "adalora": Composition(
+        "gate+lora+init:gaussian+rank:adalora",
+        {"gate.per": "rank", "gate.start": 0.0, "gaussian.std": 0.02, "gaussian.std_b": 0.02},
+        "B diag(g) A whose least important components are switched off on the way to the budget.",
+        "zhang2023adalora",
+    ),
+    "loraplus": Composition("lora+update:loraplus", {}, "LoRA whose B learns faster than its A.", "hayou2024loraplus"),
+    "fine-tuning": Composition("full", {}, "Every parameter of an owned copy of the model.", None),
+}

@@ -1,0 +1,236 @@
+"""Runs a rank policy during training: gives it views of the sites, applies its edits, keeps what must survive a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.core.store import Member, Store
+from rankfold.errors import FileError, InactiveError, OptionError
+
+from .contracts import POINTS, Edit, Loss, RankPolicy, SiteView
+from .edits import apply, keys_by_role
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """A policy at work on one adapter.
+
+    `install` hooks it to an optimizer, so that a plain loop (forward, backward, step) is enough; a loop that reaches the points of a
+    step itself calls `run(point, t, total, optimizer)` there, and the hooks leave out what has been run.
+
+    Attributes:
+        step: steps of the optimizer so far.
+        moved: set by every step; whoever looks for foreign optimizers clears it.
+        touched: tensors changed by edits so far, by kind of edit.
+        history: (step, {site: rank}) at the start and after every change of a rank.
+        paces: {tensor: factor per entry by which it moves}; 0 is frozen.
+    """
+
+    def __init__(self, policy: RankPolicy, losses: Sequence[Loss], store: Store, member: Member) -> None:
+        self.policy, self.losses, self.store, self.member = policy, tuple(losses), store, member
+        self.step = 0
+        self.moved = False
+        self.touched: dict[str, int] = {}
+        self.paces: dict[str, Tensor] = {}
+        self.state: dict[str, dict[str, Tensor]] = {key: {} for key in member.slots}
+        self.reached: set[str] = set()
+        self.calls = 0
+        self.history: list[tuple[int, dict[str, int]]] = [(0, self.ranks())]
+        self._ran = dict.fromkeys(POINTS, 0)
+        self._total: int | None = None
+        self._hooks: list[Any] = []
+        self._before: dict[str, Tensor] = {}
+
+    # what the policy sees
+
+    def ranks(self) -> dict[str, int]:
+        """Rank by site; 0 where the structure has none."""
+        return {key: int(getattr(slot.structure.core, "rank", 0) or 0) for key, slot in self.member.slots.items()}
+
+    def views(self) -> list[SiteView]:
+        """Every site with its tensors by role: those that train, one of a role."""
+        ranks = self.ranks()
+        found = []
+        for key, slot in self.member.slots.items():
+            tensors = {role: self.store.tensor(name) for role, name in keys_by_role(slot).items()}
+            tensors = {role: t for role, t in tensors.items() if t.requires_grad}
+            found.append(SiteView(key, slot.site, tensors, ranks[key], slot.structure.scale, self.state[key]))
+        return found
+
+    def objectives(self) -> dict[str, Tensor]:
+        """Named loss terms of the policy and of the losses."""
+        views = self.views()
+        terms = dict(self.policy.objectives(views))
+        for loss in self.losses:
+            terms |= loss.objectives(views)
+        return terms
+
+    # what it does
+
+    def run(self, point: str, t: int, total: int, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
+        """Let the policy act, if this is its point and it has not acted there at step t (counted from 1) yet.
+
+        Raises:
+            OptionError: no such point.
+        """
+        if point not in self._ran:
+            raise OptionError(f"point: got {point!r}; a step has {', '.join(POINTS)}")
+        if t <= self._ran[point]:
+            return []
+        self._ran[point] = t
+        if not self.policy.steps or point != self.policy.point:
+            return []
+        self.calls += 1
+        with torch.no_grad():
+            edits = self.policy.on_step(t, total, self.views())
+        self._apply(edits, t, optimizer)
+        return edits
+
+    def finalise(self, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
+        """The policy's last word, after the last step."""
+        with torch.no_grad():
+            edits = self.policy.finalise(self.views())
+        self._apply(edits, self.step, optimizer)
+        return edits
+
+    def _apply(self, edits: Sequence[Edit], t: int, optimizer: torch.optim.Optimizer | None) -> None:
+        for edit in edits:
+            kind = type(edit).__name__.lower()
+            self.touched[kind] = self.touched.get(kind, 0) + sum(
+                apply([edit], self.store, self.member, optimizer, self.paces).values()
+            )
+            if not edit.shape_stable:
+                self.state[edit.site].clear()  # what the policy held of the old shape
+        self.moved |= bool(edits)
+        ranks = self.ranks()
+        if ranks != self.history[-1][1]:
+            self.history.append((t, ranks))
+
+    # around an optimizer's step
+
+    def install(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
+        """Act around every step of this optimizer; an earlier one is let go.
+
+        Raises:
+            InactiveError: (from the first step) nothing of the adapter had a gradient.
+        """
+        self.uninstall()
+        self._total = total_steps
+        self._hooks = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+        self.run("before_forward", self.step + 1, self._length(), optimizer)
+
+    def uninstall(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _length(self) -> int:
+        return self._total if self._total is not None else self.step + 1
+
+    def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._look_for_gradients()
+        for point in ("after_backward", "after_clip"):
+            self.run(point, self.step + 1, self._length(), optimizer)
+        self._before = {key: self.store.tensor(key).detach().clone() for key in self.paces}
+        for key, pace in self.paces.items():
+            grad = self.store.tensor(key).grad
+            if grad is not None:
+                grad.masked_fill_(pace == 0, 0.0)  # momentum does not wait behind a frozen entry
+
+    def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        self.moved = True
+        with torch.no_grad():
+            for key, before in self._before.items():
+                tensor, pace = self.store.tensor(key), self.paces[key]
+                held = torch.where(pace == 0, before, torch.where(pace == 1, tensor, torch.lerp(before, tensor.detach(), pace)))
+                tensor.copy_(held)
+        self._before = {}
+        for point in ("after_step", "between_steps"):
+            self.run(point, self.step, self._length(), optimizer)
+        if self._total is None or self.step < self._total:
+            self.run("before_forward", self.step + 1, self._length(), optimizer)
+
+    def _look_for_gradients(self) -> None:
+        """Law 6: which sites a gradient has reached so far; none at all at a first step is an error."""
+        for key, slot in self.member.slots.items():
+            if key not in self.reached:
+                grads = (self.store.tensor(name).grad for name, _ in slot.binding.values())
+                if any(g is not None for g in grads):
+                    self.reached.add(key)
+        extras = any(self.store.tensor(e.key).grad is not None for e in self.member.extras.values())
+        if not self.reached and not extras and self.member.keys():
+            raise InactiveError(
+                f"adapter {self.member.name!r}: no gradient reached any of its {len(self.member.slots)} sites before the first step. "
+                f"Is it switched on (adaptation.use), was loss.backward() called, and does the loss depend on the model's output?"
+            )
+
+    def check(self) -> None:
+        """At the end of a run: every site had a gradient once, and a policy that steps has been asked.
+
+        Raises:
+            InactiveError: naming what did nothing.
+        """
+        idle = [key for key, slot in self.member.slots.items() if key not in self.reached and self._trains(key)]
+        if self.step and idle:
+            raise InactiveError(
+                f"adapter {self.member.name!r}: in {self.step} steps no gradient reached {', '.join(idle[:5])}"
+                f"{' ...' if len(idle) > 5 else ''}; leave them out: exclude={idle[:3]}"
+            )
+        if self.step and self.policy.steps and not self.calls:
+            raise InactiveError(
+                f"rank policy {self.policy.name!r} was never asked in {self.step} steps; train with adaptation.optimizer"
+            )
+
+    def _trains(self, key: str) -> bool:
+        return any(self.store.tensor(name).requires_grad for name, _ in self.member.slots[key].binding.values())
+
+    # files
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"values": what JSON holds, "tensors": {name: tensor}}: with the adapter's and the optimizer's own, all that a resume needs."""
+        values = {
+            "step": self.step,
+            "calls": self.calls,
+            "ran": dict(self._ran),
+            "touched": dict(self.touched),
+            "reached": sorted(self.reached),
+            "history": [[t, dict(ranks)] for t, ranks in self.history],
+        }
+        tensors = {f"state/{key}/{name}": t for key, state in self.state.items() for name, t in state.items()}
+        tensors |= {f"pace/{key}": pace for key, pace in self.paces.items()}
+        return {"values": values, "tensors": tensors}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the member must have the ranks that it had then.
+
+        Raises:
+            FileError: saved for other sites or ranks.
+        """
+        values, tensors = saved["values"], saved["tensors"]
+        history = [(int(t), {k: int(r) for k, r in ranks.items()}) for t, ranks in values["history"]]
+        if history[-1][1] != self.ranks():
+            raise FileError(
+                "the saved run's sites or ranks are not this adapter's: load the adapter that was saved beside it first"
+            )
+        state: dict[str, dict[str, Tensor]] = {key: {} for key in self.member.slots}
+        paces = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            site, _, leaf = rest.rpartition("/")
+            if kind == "pace":
+                paces[rest] = tensor.clone()
+            elif site in state:
+                state[site][leaf] = tensor.clone()
+            else:
+                raise FileError(f"the saved run holds {name!r}, but this adapter has no such site")
+        self.state, self.paces, self.history = state, paces, history
+        self.step, self.calls, self.reached = int(values["step"]), int(values["calls"]), set(values["reached"])
+        self.touched = {k: int(v) for k, v in values["touched"].items()}
+        self._ran = {point: int(values["ran"][point]) for point in POINTS}

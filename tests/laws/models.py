@@ -1,0 +1,169 @@
+"""Tiny seeded models with one or two sites of one kind, float64 unless told otherwise, out never equal to in."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import rankfold as rf
+
+__all__ = ["BLOCK", "KINDS", "Case", "tiny"]
+
+BLOCK = "block"
+"""Where side modules stand; no kind of weight."""
+KINDS = rf.SITE_KINDS
+
+VOCABULARY = 10
+
+
+class Linear(nn.Module):
+    """Two linear sites, [12, 8] with bias and [6, 12] without."""
+
+    targets = ("first", "second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Transposed(Linear):
+    """The same with transformers' Conv1D, whose weights are stored [in, out] and always have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Conv1D(12, 8), Conv1D(6, 12)
+        for module in (self.first, self.second):
+            nn.init.normal_(module.weight, std=0.3)
+            nn.init.normal_(module.bias, std=0.3)
+
+
+class Embedding(nn.Module):
+    """One embedding: the map [6, 10]."""
+
+    targets = ("embed",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.embed(ids))
+
+
+class Rows(nn.Module):
+    """Slices of fused weights: q and v of a linear [12, 8], rows 4 to 8 of a Conv1D [12, 12] storage."""
+
+    targets = ("fused[q]", "fused[v]", "attend[4:8]")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.attend = nn.Linear(8, 12), Conv1D(12, 12)
+        nn.init.normal_(self.attend.weight, std=0.3)
+        nn.init.normal_(self.attend.bias, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(torch.tanh(self.fused(x)))
+
+
+class Tied(nn.Module):
+    """An embedding and a head in one storage: the maps [6, 10] and [10, 6]."""
+
+    targets = ("embed", "head")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(6, 6)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.dense(h))
+
+
+class Blocks(nn.Module):
+    """Two equal blocks of width 6, for what stands beside weights."""
+
+    targets = ("all-linear",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.read = nn.Linear(6, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h)
+        return self.read(h)
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    "linear": Linear,
+    "conv1d": Transposed,
+    "embedding": Embedding,
+    "rows": Rows,
+    "tied": Tied,
+    BLOCK: Blocks,
+}
+
+
+@dataclass
+class Case:
+    """A model, the sites to adapt, and a batch [3, 5, in] or [3, 5] of tokens. `pristine()` is the model as it was made."""
+
+    kind: str
+    model: nn.Module
+    targets: list[str]
+    batch: Tensor
+    dtype: torch.dtype
+    original: nn.Module = field(repr=False)
+
+    def pristine(self) -> nn.Module:
+        return copy.deepcopy(self.original)
+
+    def again(self) -> Case:
+        """The same case with a fresh model."""
+        return Case(self.kind, self.pristine(), list(self.targets), self.batch, self.dtype, self.original)
+
+    @property
+    def takes_tokens(self) -> bool:
+        return not self.batch.is_floating_point()
+
+    def output(self) -> Tensor:
+        return self.model(self.batch)
+
+    @staticmethod
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        """Distance to a fixed pattern, so that no gradient vanishes by symmetry."""
+        y = model(batch)
+        pattern = torch.linspace(-1.0, 1.0, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+        return (y - pattern).square().mean()
+
+
+def tiny(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
+    """The case of one site kind: weights and batch are functions of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        original = MODELS[kind]().double()
+        if kind in ("embedding", "tied"):
+            batch = torch.randint(VOCABULARY, (3, 5))
+        else:
+            batch = torch.randn(3, 5, 6 if kind == BLOCK else 8, dtype=torch.float64).to(dtype)
+    original = original.to(dtype).eval()
+    if kind == "tied":
+        original.head.weight = original.embed.weight
+    return Case(kind, copy.deepcopy(original), list(original.targets), batch, dtype, original)
