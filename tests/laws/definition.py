@@ -75,7 +75,7 @@ class Definition:
         values: dict[str, Tensor] = {}
         for path, slots in self.slots().items():
             module = self.model.get_submodule(path)
-            if slots[0][0].base is None or trait(slots[0][0].structure, "input_dependent"):
+            if any(slot.base is None or trait(slot.structure, "input_dependent") for slot, _ in slots):
                 continue
             stored = module.weight.detach()
             W = stored if isinstance(module, nn.Linear) else stored.mT
@@ -99,31 +99,32 @@ class Definition:
         handles = []
         for path, slots in self.slots().items():
             module = self.model.get_submodule(path)
-            slot = slots[0][0]
-            if slot.base is None:
-                t = self.tensors(slot)
-                change = lambda m, args, y, slot=slot, t=t: slot.structure.forward(y, t, slot.site, Context())  # noqa: B023
-                handles.append(module.register_forward_hook(change))
-            elif trait(slot.structure, "input_dependent"):
+            if any(trait(slot.structure, "input_dependent") for slot, _ in slots):
                 handles.append(module.register_forward_hook(lambda m, args, y, slots=slots: self._by_token(m, slots, args[0])))
+            elif slots[0][0].base is None:
+                handles.append(module.register_forward_hook(lambda m, args, y, slots=slots: self._beside(slots, y)))
         try:
             return torch.func.functional_call(self.model, self.weights(), (x,), tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _beside(self, slots: list[tuple[Slot, float | Tensor]], h: Tensor) -> Tensor:
+        for slot, weight in slots:
+            h = h + weight * (slot.structure.forward(h, self.tensors(slot), slot.site, Context()) - h)
+        return h
+
     def _by_token(self, module: nn.Module, slots: list[tuple[Slot, float | Tensor]], x: Tensor) -> Tensor:
         """A change that differs from token to token, one token after the other: W' of a single input by its action on unit vectors."""
         stored = module.weight.detach()
         W = stored if isinstance(module, nn.Linear) else stored.mT
         flat = x.reshape(-1, x.shape[-1])
-        given: Mapping[str, Tensor] = {}
         rows_out = []
         for token in flat:
             y = W @ token
             for slot, weight in slots:
                 rows = slice(*(slot.site.rows or (0, W.shape[0])))
-                expr = slot.structure.weight(Dense(W[rows]), self.tensors(slot), slot.site, Context(x=token[None], **given))
+                expr = slot.structure.weight(Dense(W[rows]), self.tensors(slot), slot.site, Context(x=token[None], **self.context))
                 change = torch.zeros_like(y)
                 change[rows] = weight * (expr.matmul(token[None])[0] - W[rows] @ token)
                 y = y + change

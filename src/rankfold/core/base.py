@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ class Base(Operator):
         return self
 
     @property
+    def total_rows(self) -> int:
+        """Output rows of the whole stored weight, of which this may be a slice."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return weight.shape[1 if self.site.kind in ("conv1d", "embedding") else 0]
+
+    @property
     def module_device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -59,19 +67,26 @@ class DenseBase(Base):
     """A weight stored as a plain tensor; the module is asked for it anew at each use, since `.to`, fold and sharding replace it."""
 
     @property
+    def stored(self) -> Tensor:
+        """The tensor as it is stored, whatever its layout."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def W(self) -> Tensor:
         """[out, in], a view of the storage."""
-        weight = self.module.weight
+        weight = self.stored
         W = weight if self.site.kind == "linear" else weight.mT
         return W if self.site.rows is None else W[self.site.rows[0] : self.site.rows[1]]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
+        return self.stored.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.module.weight.device
+        return self.stored.device
 
     def leaves(self):
         yield self.W
@@ -96,7 +111,8 @@ class DenseBase(Base):
 
     def columns(self, index: Tensor) -> Tensor:
         if self.site.kind == "embedding" and self.site.rows is None:
-            return F.embedding(index, self.module.weight, self.module.padding_idx)
+            padding: Any = self.module.padding_idx
+            return F.embedding(index, self.stored, padding)
         return self.W.mT[index]
 
     def rows(self, index: Tensor) -> Tensor:
@@ -104,7 +120,7 @@ class DenseBase(Base):
 
     def row_sqnorm(self) -> Tensor:
         """[out], computed once per version of the storage."""
-        weight = self.module.weight
+        weight = self.stored
         key = (weight.data_ptr(), weight._version, weight.dtype) if not torch.compiler.is_compiling() else "compiled"
         if key not in self.cache:
             with torch.no_grad():
@@ -122,7 +138,7 @@ class DenseBase(Base):
         return 0
 
     def trains(self) -> bool:
-        return self.module.weight.requires_grad
+        return self.stored.requires_grad
 
 
 def base_of(module: nn.Module, site: Site) -> Base:

@@ -20,7 +20,7 @@ from .base import base_of
 from .planner import Program, run
 from .site import Site
 from .store import Extra, Slot, Store
-from .structure import Context, trait
+from .structure import Context, SideModule, trait
 
 __all__ = ["Host", "fold_weight", "host_module", "hosted", "refusal", "release_module", "site_program", "swapped"]
 
@@ -63,6 +63,7 @@ class Host:
 
     def _beside(self, module: nn.Module, slot: Slot, h: Tensor) -> Tensor:
         weight = self.store.active[slot.member.name]
+        assert isinstance(slot.structure, SideModule)
         changed = slot.structure.forward(h, slot.t(self.store), slot.site, Context(module.training))
         return changed if isinstance(weight, float | int) and weight == 1.0 else h + weight * (changed - h)
 
@@ -80,10 +81,10 @@ class Host:
     def _changed(self, module: nn.Module, slots: list[list[Slot]], x: Tensor) -> Tensor:
         if len(slots) == 1 and slots[0][0].site.rows is None:
             return self._site(module, slots[0], x, getattr(module, "bias", None))
-        out = slots[0][0].base.module.weight.shape[0 if slots[0][0].site.kind == "linear" else 1]
+        assert slots[0][0].base is not None
+        out = slots[0][0].base.total_rows
         pieces, position = [], 0
-        for group in sorted(slots, key=lambda g: g[0].site.rows):
-            start, stop = group[0].site.rows
+        for (start, stop), group in sorted(((g[0].site.rows or (0, out), g) for g in slots), key=lambda pair: pair[0]):
             if position < start:
                 pieces.append(self._plain_rows(module, group[0].site, (position, start), x))
             pieces.append(self._site(module, group, x, _rows_of(getattr(module, "bias", None), (start, stop))))
@@ -125,12 +126,13 @@ def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program
     needs_x = any(trait(s.structure, "input_dependent") for s in slots)
     seeds = [int(torch.randint(0, 2**62, ())) if stochastic else None for _ in slots]
     base = slots[0].base
+    assert base is not None
     alone = len(slots) == 1 and isinstance(weights[0], float | int) and weights[0] == 1.0
     context = store.context
     leaves = [leaf for t in ts for leaf in t] + [w for w in weights if isinstance(w, Tensor)]
 
     def build(values: Sequence[Tensor], x: Tensor | None) -> Operator:
-        values, terms = list(values), [base]
+        values, terms = list(values), list[Operator]([base])
         scales = iter(values[sum(len(t) for t in ts) :])
         for slot, t, weight, seed in zip(slots, ts, weights, seeds):
             here, values = type(t)(*values[: len(t)]), values[len(t) :]
@@ -184,8 +186,8 @@ def hosted(cls: Any) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
-def _revive(cls: type[nn.Module]) -> nn.Module:
-    kind = hosted(cls)
+def _revive(cls: Any) -> nn.Module:
+    kind: Any = hosted(cls)
     return kind.__new__(kind)
 
 
@@ -195,7 +197,8 @@ def host_module(store: Store, path: str, module: nn.Module) -> Host:
     if host is None:
         host = Host(store, path)
         module.__dict__["_rankfold"] = host
-        module.__class__ = hosted(type(module))
+        kind: Any = type(module)
+        module.__class__ = hosted(kind)
     return host
 
 

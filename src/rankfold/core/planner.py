@@ -192,6 +192,7 @@ def _fused_form(expr: Operator, base: Base) -> Fused | None:
 
 def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
     if f.magnitude is None:
+        assert f.B is not None and f.A is not None
         return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop)
     return magnitude_linear(
         x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude), f.B, f.A, f.scale, f.B0, f.A0, f.drop
@@ -286,7 +287,7 @@ def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
 
 def _at(expr: Operator, path: tuple) -> Operator:
     for step in path:
-        expr = expr.terms[step] if isinstance(step, int) else getattr(expr, step)
+        expr = getattr(expr, "terms")[step] if isinstance(step, int) else getattr(expr, step)
     return expr
 
 
@@ -316,6 +317,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, gy):
         with torch.enable_grad():
             x, z, *leaves = _fresh(ctx.saved_tensors)
+            assert z is not None
             y = _at(ctx.program.expression(leaves, x), ctx.path).matmul(z)
             return None, None, *_pullback(y, gy, [x, z, *leaves])
 

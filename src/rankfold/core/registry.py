@@ -24,6 +24,8 @@ __all__ = ["AXES", "Entry", "Option", "entries", "find", "load_file", "register"
 
 AXES = ("structure", "init", "rank", "update", "loss")
 ROOT = Path(__file__).resolve().parent.parent / "methods"
+PACKAGE = f"{ROOT.parent.name}.{ROOT.name}"
+"""Also the name of the entry point group."""
 T = TypeVar("T")
 
 
@@ -101,7 +103,7 @@ def _plugin_files() -> list[Path]:
     files = [Path(p) for p in os.environ.get("RANKFOLD_METHODS", "").split(os.pathsep) if p]
     from importlib.metadata import entry_points
 
-    for point in entry_points(group="rankfold.methods"):
+    for point in entry_points(group=PACKAGE):
         spec = importlib.util.find_spec(point.value.split(":")[0])
         if spec and spec.origin:
             files.append(Path(spec.origin))
@@ -163,7 +165,7 @@ def resolve(entry: Entry) -> type[Any]:
     if key not in _classes or Path(sys.modules[_classes[key].__module__].__file__ or "").resolve() != entry.file:
         _classes.pop(key, None)
         if entry.file.is_relative_to(ROOT):
-            importlib.import_module("rankfold.methods." + ".".join(entry.file.relative_to(ROOT).with_suffix("").parts))
+            importlib.import_module(PACKAGE + "." + ".".join(entry.file.relative_to(ROOT).with_suffix("").parts))
         else:
             module_name = f"rankfold_plugin_{entry.file.stem}_{abs(hash(entry.file)):x}"
             spec = importlib.util.spec_from_file_location(module_name, entry.file)

@@ -230,7 +230,7 @@ def emit(store: Store, member: Member) -> None:
         return
     shared = _tuple_class(tuple(member.shared))(*(store.tensor(key) for key in member.shared.values()))
     for slot in slots:
-        slot.emitted = dict.fromkeys(slot.emits)  # type: ignore[arg-type]
+        slot.emitted = {name: torch.empty(0) for name in slot.emits}  # while `prepare` reads the other fields
     made = slots[0].structure.prepare(shared, {s.site.key: s.t(store) for s in slots}, [s.site for s in slots])
     for slot in slots:
         slot.emitted = (made or {})[slot.site.key]

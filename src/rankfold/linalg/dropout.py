@@ -46,7 +46,8 @@ class Dropout(Operator):
     def matmul(self, x: Tensor) -> Tensor:
         return x * keep_mask(x.shape, self.p, self.seed, x.device).to(x.dtype).mul_(1.0 / (1.0 - self.p))
 
-    rmatmul = matmul
+    def rmatmul(self, g: Tensor) -> Tensor:
+        return self.matmul(g)
 
     def dense(self) -> Tensor:
         return torch.eye(self.size, dtype=self.dtype, device=self.device)
@@ -75,7 +76,8 @@ class TokenGate(Operator):
     def matmul(self, x: Tensor) -> Tensor:
         return x * like(self.gate, x)
 
-    rmatmul = matmul
+    def rmatmul(self, g: Tensor) -> Tensor:
+        return self.matmul(g)
 
     def dense(self) -> Tensor:
         raise LayoutError("a gate that differs from token to token has no dense form")

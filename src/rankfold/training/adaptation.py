@@ -145,7 +145,7 @@ class Adaptation:
         Raises:
             UnknownName: no such adapter. OptionError: as many weights as names, or one.
         """
-        weights = list(weight) if isinstance(weight, list | tuple) else [weight] * len(names)
+        weights: list[Any] = list(weight) if isinstance(weight, list | tuple) else [weight] * len(names)
         if len(weights) != len(names):
             raise OptionError(f"use: {len(names)} adapters and {len(weights)} weights; give one weight, or one for each")
         for name, w in zip(names, weights):
@@ -256,7 +256,7 @@ def adaptation(model: nn.Module) -> Adaptation:
     """
     store = store_of(model)
     if store is None:
-        raise LayoutError(f"{type(model).__name__} has no adapter; rf.adapt(model, 'lora') gives it one")
+        raise LayoutError(f"{type(model).__name__} has no adapter; rf.adapt(model, METHOD) gives it one")
     if store.handle is None or store.handle.store is not store:
         raise LayoutError("the model's adapters have lost their handle: it was pickled by hand; use adaptation.save and rf.load")
     return store.handle
@@ -277,7 +277,7 @@ def choose_sites(
 
 def adapt(
     model: nn.Module,
-    method_: str | Method = "lora",
+    method_: str | Method,
     *,
     targets: Any = "all-linear",
     exclude: Any = (),

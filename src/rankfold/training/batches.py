@@ -41,7 +41,7 @@ class Batches:
 
     >>> source = Batches(range(6), list, size=4)
     >>> len(source), source.batch(0, 0), source.batch(0, 1), source.batch(1, 0)
-    (2, [4, 1, 2, 3], [5, 0], [0, 5, 4, 2])
+    (2, [4, 2, 3, 1], [5, 0], [3, 1, 2, 5])
     """
 
     def __init__(

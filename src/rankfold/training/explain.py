@@ -26,7 +26,7 @@ def explain(model: nn.Module, tokens: int = 256) -> list[dict[str, Any]]:
     """
     store = store_of(model)
     if store is None:
-        raise LayoutError(f"{type(model).__name__} has no adapter; rf.adapt(model, 'lora') gives it one")
+        raise LayoutError(f"{type(model).__name__} has no adapter; rf.adapt(model, METHOD) gives it one")
     rows = []
     for name in store.active:
         for key, slot in store.members[name].slots.items():

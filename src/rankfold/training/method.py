@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ class Method:
     def starts(self) -> str:
         """How near the base the function starts: the farthest of what its members declare."""
         order = {"base": 0, "near": 1, "elsewhere": 2}
-        said = [p.starts for p in (*layers(self.structure), *([self.init] if self.init else []))]
+        said = [*(layer.starts for layer in layers(self.structure)), self.init.starts]
         return max(said, key=lambda s: order[s.partition("(")[0]])
 
     @property
@@ -66,15 +67,7 @@ class Method:
 
 def compositions() -> Mapping[str, Any]:
     """The named compositions of the catalogue."""
-    from rankfold.core.registry import ROOT
-
-    return _compositions(ROOT)
-
-
-def _compositions(root: Any) -> Mapping[str, Any]:
-    import importlib
-
-    return importlib.import_module(f"rankfold.{root.name}.catalogue").COMPOSITIONS
+    return importlib.import_module(f"{registry.PACKAGE}.catalogue").COMPOSITIONS
 
 
 def methods() -> list[str]:
@@ -133,7 +126,7 @@ def method(text: str | Method, **options: Any) -> Method:
         return method(text.text, **{**text.options, **options}) if options else text
     tokens = [t.strip() for t in text.split("+")]
     if not all(tokens):
-        raise UnknownName(f"method {text!r}: an empty name beside '+'; write for instance 'magnitude+lora'")
+        raise UnknownName(f"method {text!r}: an empty name beside '+'; write names with single '+' between them")
     found: list[Entry] = []
     preset: dict[str, Any] = {}
     for token in tokens:

@@ -185,7 +185,7 @@ def normal_form(adaptation: Adaptation, name: str | None = None, rank: int | Non
 
 def _entry(adaptation: Adaptation, slot: Slot, expr: Operator, base: Base, rank: int | None) -> tuple[Entry, float]:
     site = slot.site
-    total = None if site.rows is None else base.module.weight.shape[0 if site.kind == "linear" else 1]
+    total = None if site.rows is None else base.total_rows
     magnitude = None
     if isinstance(expr, Magnitude) and _low(expr.inner, base) is not None:
         magnitude, expr = expr.m.detach().cpu(), expr.inner

@@ -1,0 +1,95 @@
+"""`rankfold methods`: the catalogue by axis, one member in full, or which structures and inits compose."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from rankfold.core.registry import AXES, Entry, entries
+from rankfold.errors import UnknownName
+from rankfold.methods.catalogue import COMPOSITIONS, Composition
+
+from .member import page, page_of_composition
+from .screen import console, table
+
+__all__ = ["methods"]
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A member or a composition, in full.", show_default=False)] = None,
+    axis: Annotated[str | None, typer.Option(help=f"One of: {', '.join(AXES)}.", show_default=False)] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Which structures and inits compose, and why others don't.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List every method by axis; one in full by its name; with --matrix, what composes with what."""
+    if axis is not None and axis not in AXES:
+        raise UnknownName.of("axis", axis, AXES, f"there are: {', '.join(AXES)}")
+    if matrix:
+        _matrix(name, as_json)
+    elif name is not None:
+        _one(name, axis, as_json)
+    elif as_json:
+        print(json.dumps([_plain(e) for e in entries(axis)], indent=2, ensure_ascii=False))
+    else:
+        _list(axis)
+
+
+def _list(axis: str | None) -> None:
+    screen = console()
+    for each in AXES if axis is None else (axis,):
+        rows = [(e.name, ", ".join(e.aliases), e.summary) for e in entries(each)]
+        if rows:
+            screen.print(f"{each}", style="bold underline")
+            screen.print(table(("name", "also", "what it is"), rows, wrapped="what it is"), "")
+    if axis is None:
+        screen.print("compositions", style="bold underline")
+        screen.print(table(("name", "parts", "what it is"), [(n, c.parts, c.doc) for n, c in COMPOSITIONS.items()], wrapped="what it is"), "")
+    screen.print("One in full: rankfold methods NAME. Chains: magnitude+hra, lora+init:eva+loraplus. What composes: rankfold methods --matrix")
+
+
+def _one(name: str, axis: str | None, as_json: bool) -> None:
+    found: list[Entry | Composition] = [e for e in entries(axis) if name in (e.name, e.key, *e.aliases)]
+    composition = COMPOSITIONS.get(name) if axis is None else None
+    if composition is not None:
+        found.insert(0, composition)
+    if not found:
+        known = [e.name for e in entries(axis)] + ([] if axis else list(COMPOSITIONS))
+        raise UnknownName.of("method", name, known, "every name: rankfold methods")
+    if as_json:
+        print(json.dumps([_plain(each) for each in found], indent=2, ensure_ascii=False))
+        return
+    for number, each in enumerate(found):
+        if number:
+            print()
+        print(page_of_composition(name, each) if isinstance(each, Composition) else page(each))
+
+
+def _plain(each: Entry | Composition) -> dict[str, object]:
+    if isinstance(each, Composition):
+        return {**asdict(each), "options": dict(each.options)}
+    return {
+        "axis": each.axis, "name": each.name, "aliases": list(each.aliases), "paper": each.paper, "summary": each.summary,
+        "options": [asdict(o) for o in each.options], "traits": dict(each.traits), "doc": each.doc,
+    }  # fmt: skip
+
+
+def _matrix(name: str | None, as_json: bool) -> None:
+    from .matrix import pairs
+
+    found = pairs(name)
+    if as_json:
+        print(json.dumps([asdict(p) for p in found], indent=2, ensure_ascii=False))
+        return
+    screen = console()
+    inits = list(dict.fromkeys(p.init for p in found))
+    states = {(p.structure, p.init): p for p in found}
+    marks = {"tested": "tested", "derived": "derived", "refused": "-"}
+    rows = [(s, *(marks[states[s, i].state] for i in inits)) for s in dict.fromkeys(p.structure for p in found)]
+    screen.print(table(("structure \\ init", *inits), rows), "")
+    screen.print("tested: the default init, or a named composition; every law runs on it")
+    screen.print("derived: follows from the declared traits; the tests' covering array runs it")
+    reasons = [(p.structure, p.init, p.reason) for p in found if p.state == "refused"]
+    if reasons:
+        screen.print("-: refused, because", "")
+        screen.print(table(("structure", "init", "reason"), reasons, wrapped="reason"))
