@@ -1,13 +1,16 @@
-"""Every Python block of the documentation runs, page by page and in order, in a folder of its own."""
+"""Every Python and shell block of the documentation runs, page by page and in order, in a folder of its own."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^```(?P<info>(?:python|bash)[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 TITLE = re.compile(r'title="(?P<file>[\w.-]+\.py)"')
 
 
@@ -29,7 +32,11 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ran = 0
     for info, code in blocks(page):
         title = TITLE.search(info)
-        if title:  # a file that the reader is asked to save
+        if info.startswith("bash"):
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            done = subprocess.run(["bash", "-e", "-c", code], capture_output=True, text=True, env={**os.environ, "PATH": path})
+            assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        elif title:  # a file that the reader is asked to save
             Path(title["file"]).write_text(code, encoding="utf-8")
         else:
             exec(compile(code, str(page), "exec"), names)

@@ -61,6 +61,7 @@ def _chains(entry: Entry) -> Iterator[str]:
     if entry.axis == "structure":
         yield from (f"{entry.name}+{inner}" for inner in [base, *others])
         return
+    yield from (name for name in rf.methods() if any(f"{p.axis}:{p.name}" == entry.key for p in rf.method(name).parts))
     frames = [base, *others, *(f"{d}+{base}" for d in decorators())]
     yield from (f"{frame}+{entry.key}" for frame in frames)
     helpers = [e.key for e in registry.entries() if e.axis in ("init", "rank", "update") and e.axis != entry.axis]
@@ -77,7 +78,8 @@ def home(key: str) -> str:
     entry = next(e for e in registry.entries() if e.key == key)
     for chain in _chains(entry):
         with contextlib.suppress(CompositionError):
-            return rf.method(chain).text
+            rf.method(chain)
+            return chain
     raise AssertionError(f"{key} composes with no structure of the catalogue")
 
 

@@ -69,7 +69,7 @@ def compare(check, found, expected, dtype, where):
     largest = max((g.norm().item() for g in grads0.values()), default=0.0)
     for name, g0 in grads0.items():
         # a gradient that nearly cancels is compared with the largest of the model
-        gap, size = (grads[name].double() - g0).norm().item(), max(g0.norm().item(), 0.02 * largest)
+        gap, size = (grads[name].double() - g0).norm().item(), max(g0.norm().item(), 0.02 * largest) or 1.0
         check.that(gap <= tolerance.grad * size, f"{where}: gradient of {name} is off by {gap / size:.3g} > {tolerance.grad:.1g}")
 
 
@@ -81,6 +81,7 @@ def check_definition(method, kind, dtype=torch.float64, oracle=None, x=None, run
             check.that(refuses(case, m), f"trait {refused_by(m, kind)} was not refused")
             return
         a = adapt(case, m)
+        case.output()  # whatever is remembered from here is out of date below
         shake(a)
         x = case.batch if x is None else x.to(dtype) if x.is_floating_point() else x
         expected = defined(Definition(case, a, oracle), x)
@@ -282,8 +283,7 @@ def check_second_derivatives(method):
 
         def curvature(forward, tensors):
             first = torch.autograd.grad((forward(x).sin() * probe_of(case.output())).sum(), tensors, create_graph=True, allow_unused=True)
-            total = sum((g * g).sum() for g in first if g is not None)
-            return torch.autograd.grad(total, x)[0]
+            return torch.autograd.grad(sum((g * g).sum() for g in first if g is not None), x)[0]
 
         expected = curvature(definition, [t for t in definition.leaves.values() if t.requires_grad])
         for plan, memory in RUNS if not m.is_side else RUNS[:1]:
@@ -291,9 +291,6 @@ def check_second_derivatives(method):
             try:
                 found = curvature(case.model, a.parameters())
             except LayoutError:
-                continue
-            except RuntimeError as error:
-                check.that("once_differentiable" in str(error), f"plan {plan}: an error that does not say why: {error}")
                 check.that(plan != "plain", "plan plain has no second derivative")
                 continue
             check.close(found, expected, TOLERANCES[torch.float64].grad, f"plan {plan}, memory {memory}: second derivative")
@@ -305,7 +302,7 @@ def test_second_derivatives_are_right_or_refused(method):
 
 
 def check_small_gain(method):
-    """A bf16 base whose row lengths grow by 0.15 %: a bf16 gain would round that to nothing; seen on average over many tokens."""
+    """A bf16 base whose row lengths grow by 0.6 %. A bf16 gain would be 0.78 %; over many tokens the mean tells which it was."""
     m = small(method) if isinstance(method, str) else method
     with Checks(f"law 3, {m}, gain in bf16") as check:
         case = tiny("linear", torch.bfloat16)
@@ -316,11 +313,11 @@ def check_small_gain(method):
         with torch.no_grad():
             for trainable in a.trainables():
                 if trainable.role == "magnitude":
-                    trainable.param.mul_(1.0015)
+                    trainable.param.mul_(1.006)
         change = case.model.first(x).float() - before
         unbiased = before - case.model.first.bias.float()
         slope = ((change * unbiased).sum() / unbiased.square().sum()).item()
-        check.that(abs(slope - 0.0015) < 0.0004, f"gain of 0.15 % arrives as {100 * slope:.3f} %")
+        check.that(abs(slope - 0.006) < 0.0012, f"gain of 0.6 % arrives as {100 * slope:.3f} %")
 
 
 def magnitudes():
@@ -437,13 +434,7 @@ def remembers_the_norm(monkeypatch):
 
 def differentiates_twice(monkeypatch):
     """The fused function without its mark: second derivatives come out, and are wrong."""
-    native = lowrank._LowRankLinear.backward
-
-    def backward(ctx, gy):
-        with torch.enable_grad():
-            return native.__wrapped__(ctx, gy) if hasattr(native, "__wrapped__") else native(ctx, gy)
-
-    monkeypatch.setattr(lowrank._LowRankLinear, "backward", staticmethod(backward))
+    monkeypatch.setattr(lowrank._LowRankLinear, "backward", staticmethod(lowrank._LowRankLinear.backward.__wrapped__))
 
 
 lora = "lora"
@@ -464,7 +455,7 @@ MUTANTS = [
     (only_the_first_adapter, lambda: check_sum(lora)),
     (draws_dropout_anew, lambda: check_recomputation("dropout+lora")),
     (rounds_the_gain, lambda: check_small_gain("magnitude+lora")),
-    (remembers_the_norm, lambda: check_copies("magnitude+lora")),
+    (remembers_the_norm, lambda: check_definition("magnitude+lora", "linear")),
     (differentiates_twice, lambda: check_second_derivatives(lora)),
 ]
 

@@ -37,7 +37,7 @@ TENSORS = "adapter.safetensors"
 _RECORD = Schema(
     "the adapter",
     required={"method": str, "options": dict, "sites": list},
-    optional={"labels": (list, type(None)), "base": (dict, type(None)), "trained": dict, "rankfold": str},
+    optional={"labels": (list, type(None)), "base": (dict, type(None)), "trained": dict, "untied": list, "rankfold": str},
     version=SCHEMA,
 )
 _SITE = Schema(
@@ -88,6 +88,7 @@ class NativeAdapter:
         labels: names of the classes, where there are any.
         base: fingerprint of the source checkpoint's adapted weights.
         trained: steps, seeds, data, metrics: anything that JSON holds.
+        untied: names of extras that belong to their module alone, although the model shares that parameter among several.
     """
 
     method: str
@@ -99,6 +100,7 @@ class NativeAdapter:
     labels: tuple[str, ...] | None = None
     base: Fingerprint | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
 
 
 def _flatten(record: NativeAdapter) -> dict[str, Tensor]:
@@ -133,6 +135,7 @@ def save_native(path: str | Path, record: NativeAdapter) -> None:
         "labels": None if record.labels is None else list(record.labels),
         "base": base,
         "trained": dict(record.trained),
+        **({"untied": list(record.untied)} if record.untied else {}),
     }
     with atomic_folder(path, owns=(JSON, TENSORS)) as folder:
         write_tensors(folder / TENSORS, _flatten(record))
@@ -181,6 +184,7 @@ def load_native(path: str | Path, limits: Limits = LIMITS) -> NativeAdapter:
         labels=None if labels is None else tuple(labels),
         base=_base(document.get("base"), samples, path),
         trained=document.get("trained", {}),
+        untied=tuple(map(str, document.get("untied", ()))),
     )
 
 

@@ -16,7 +16,7 @@ def _job(settings: AdaptSettings) -> object:
 adapt = from_settings(
     AdaptSettings,
     "adapt",
-    "Fit a model to your data: a small trained change beside weights that are never written.\n\n"
+    "Fit a model to your data by a small change beside its weights.\n\n"
     "Writes the adapter, metrics.json and report.html into --out. --dry-run shows what would train, and what it needs.",
     _job,
 )

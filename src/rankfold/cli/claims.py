@@ -10,7 +10,7 @@ __all__ = ["claims"]
 def claims(
     names: Annotated[list[str] | None, typer.Argument(help="Claims to run; none lists them.", show_default=False)] = None,
 ) -> None:
-    """Run the tests of papers' claims; without a name, list them with their last verdicts."""
+    """Run the tests of papers' claims, or list them."""
     from rankfold.study.claims import main
 
     main(names or [])

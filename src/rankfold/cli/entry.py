@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: brackets mean what they say, and nothing slow is imported for it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (adapt, predict, demo, methods, papers, inspect, export, claims):
@@ -45,8 +46,10 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _settings(
-    plugin: Annotated[list[Path] | None, typer.Option(help="Python file with methods of your own; may be repeated.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Python file with methods of your own; may be repeated.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # read by `run`
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     for file in plugin or ():
@@ -55,18 +58,21 @@ def _settings(
 
 def run(arguments: Sequence[str]) -> int:
     """Do what a command line says and give the exit code; errors are printed, never raised."""
-    warnings.showwarning = _say
-    command = typer.main.get_command(app)
+    debug = "--debug" in arguments
+    words = [word for word in arguments if word != "--debug"]  # it may stand anywhere
     try:
-        with command.make_context("rankfold", list(arguments)) as context:
-            command.invoke(context)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _say
+            with typer.main.get_command(app).make_context("rankfold", words) as context:
+                context.command.invoke(context)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as in `rankfold papers | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
-        if "--debug" in arguments and code:
+        if debug and code:
             traceback.print_exception(error)
         if message:
             print(message, file=sys.stderr)
@@ -74,9 +80,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _say(message: Any, category: type[Warning], filename: str, *_: Any) -> None:
+def _say(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     """Our own warnings as one line; those that libraries send to programmers are not for the user of a command."""
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and "rankfold" in Path(filename).parts:
         print(f"warning: {message}", file=sys.stderr)
 
 

@@ -34,16 +34,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     name = type(error).__name__
     return (
         f"error: {name}: {error}\n"
-        "  rankfold did not expect this. The traceback: rankfold --debug COMMAND ...; please report it with the command that you typed"
+        "  rankfold did not expect this: please report it, with the traceback that rankfold --debug COMMAND ... shows"
     ), UNEXPECTED
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: BaseException) -> str:
     """A usage error with the nearest option or command, and where help is."""
     context = getattr(error, "ctx", None)
     said = error.format_message()  # type: ignore[attr-defined]
-    if not said:  # no command was given: the help itself has been printed
-        return ""
+    if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help
+        return said
     where = context.command_path if context is not None else "rankfold"
     asked = getattr(error, "option_name", None)
     if asked and context is not None and str(asked).startswith("-"):

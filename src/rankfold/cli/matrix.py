@@ -31,11 +31,16 @@ def pairs(name: str | None = None) -> list[Pair]:
     """
     structures, inits = entries("structure"), entries("init")
     if name is not None:
-        rows, columns = [s for s in structures if name in (s.name, s.key, *s.aliases)], [i for i in inits if name in (i.name, i.key, *i.aliases)]
+        rows, columns = (
+            [s for s in structures if name in (s.name, s.key, *s.aliases)],
+            [i for i in inits if name in (i.name, i.key, *i.aliases)],
+        )
         if not rows and not columns:
             raise UnknownName.of("structure or init", name, [e.name for e in (*structures, *inits)])
         structures, inits = rows or structures, columns if not rows else inits
-    default = {axis: next(e.name for e in entries(axis) if dict(e.traits).get("default") == "True") for axis in ("structure", "init")}
+    default = {
+        axis: next(e.name for e in entries(axis) if dict(e.traits).get("default") == "True") for axis in ("structure", "init")
+    }
     named = {frozenset(c.parts.split("+")) for c in COMPOSITIONS.values()}
     found = []
     for s in structures:

@@ -1,14 +1,15 @@
-"""One member of the catalogue in full, from its source: formula, options with bounds, traits, what it composes with, source, limits."""
+"""One member of the catalogue in full: formula, options with bounds, traits, what it composes with, source, limits."""
 
 import ast
 import re
 import textwrap
+from collections.abc import Mapping
 from functools import cache
 
 from rankfold.core.registry import AXES, Entry, Option, entries
 from rankfold.methods.catalogue import COMPOSITIONS, Composition
 
-__all__ = ["allowed", "page", "page_of_composition"]
+__all__ = ["allowed", "by_reason", "page", "page_of_composition", "refusal"]
 
 WIDTH = 120
 BOUNDS = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
@@ -107,7 +108,9 @@ def _traits(entry: Entry) -> list[str]:
     lines = []
     for name, value in entry.traits:
         if name == "exempt":
-            lines += [f"exempt from law {law!r}: {reason}" for law, reason in _literal(value).items()]
+            reasons = _literal(value)
+            pairs = reasons.items() if isinstance(reasons, dict) else [(value, "see its source")]
+            lines += [f"exempt from law {law!r}: {reason}" for law, reason in pairs]
         elif name in TRAITS and value not in ("False", "None"):
             shown = _literal(value)
             shown = ", ".join(sorted(map(str, shown))) if isinstance(shown, frozenset | set | tuple | list) else shown
@@ -128,7 +131,11 @@ def _literal(text: str) -> object:
 
 def _composes(entry: Entry) -> str:
     """Every other axis, tried: who composes with this member, and who does not."""
-    lines = [f"named: {n} = {c.parts}" for n, c in COMPOSITIONS.items() if any(t in (entry.name, entry.key) for t in c.parts.split("+"))]
+    lines = [
+        f"named: {n} = {c.parts}"
+        for n, c in COMPOSITIONS.items()
+        if any(t in (entry.name, entry.key) for t in c.parts.split("+"))
+    ]
     for axis in AXES:
         if axis == entry.axis:
             continue
@@ -137,10 +144,20 @@ def _composes(entry: Entry) -> str:
         bad = {n: reason for n, reason in tried.items() if reason is not None}
         if good:
             lines.append(f"{axis}: {', '.join(good)}" + ("" if bad else " (all)"))
-        for reason in dict.fromkeys(bad.values()):
-            names = ", ".join(n for n, r in bad.items() if r == reason)
-            lines.append(f"not with {axis} {names}: {reason}")
+        lines += [f"not with {axis} {', '.join(names)}: {reason}" for reason, names in by_reason(bad).items()]
     return "\n".join(_wrapped(lines))
+
+
+def by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names grouped by why they were refused: by what the one side asks for, where the other side differs from name to name.
+
+    >>> by_reason({"bone": "init 'x' works on B; 'bone' trains value", "miss": "init 'x' works on B; 'miss' trains value"})
+    {"init 'x' works on B": ['bone', 'miss']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        groups.setdefault(reason.partition("; ")[0], []).append(name)
+    return {refused[names[0]] if len(names) == 1 else reason: names for reason, names in groups.items()}
 
 
 def _wrapped(lines: list[str]) -> list[str]:
@@ -163,7 +180,8 @@ def refusal(one: Entry, other: Entry) -> str | None:
     try:
         method("+".join(chain))
     except CompositionError as error:
-        return str(error).partition(": ")[2] or str(error)
+        reason = str(error).partition("\n")[0]
+        return (reason.partition(": ")[2] or reason).rstrip(".")
     return None
 
 

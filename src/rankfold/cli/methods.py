@@ -10,7 +10,7 @@ from rankfold.core.registry import AXES, Entry, entries
 from rankfold.errors import UnknownName
 from rankfold.methods.catalogue import COMPOSITIONS, Composition
 
-from .member import page, page_of_composition
+from .member import by_reason, page, page_of_composition
 from .screen import console, table
 
 __all__ = ["methods"]
@@ -22,7 +22,7 @@ def methods(
     matrix: Annotated[bool, typer.Option("--matrix", help="Which structures and inits compose, and why others don't.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """List every method by axis; one in full by its name; with --matrix, what composes with what."""
+    """List the methods by axis, or show one in full."""
     if axis is not None and axis not in AXES:
         raise UnknownName.of("axis", axis, AXES, f"there are: {', '.join(AXES)}")
     if matrix:
@@ -44,8 +44,13 @@ def _list(axis: str | None) -> None:
             screen.print(table(("name", "also", "what it is"), rows, wrapped="what it is"), "")
     if axis is None:
         screen.print("compositions", style="bold underline")
-        screen.print(table(("name", "parts", "what it is"), [(n, c.parts, c.doc) for n, c in COMPOSITIONS.items()], wrapped="what it is"), "")
-    screen.print("One in full: rankfold methods NAME. Chains: magnitude+hra, lora+init:eva+loraplus. What composes: rankfold methods --matrix")
+        screen.print(
+            table(("name", "parts", "what it is"), [(n, c.parts, c.doc) for n, c in COMPOSITIONS.items()], wrapped="what it is"),
+            "",
+        )
+    screen.print(
+        "One in full: rankfold methods NAME. A chain: magnitude+lora+init:eva. What composes with what: rankfold methods --matrix"
+    )
 
 
 def _one(name: str, axis: str | None, as_json: bool) -> None:
@@ -89,7 +94,7 @@ def _matrix(name: str | None, as_json: bool) -> None:
     screen.print(table(("structure \\ init", *inits), rows), "")
     screen.print("tested: the default init, or a named composition; every law runs on it")
     screen.print("derived: follows from the declared traits; the tests' covering array runs it")
-    reasons = [(p.structure, p.init, p.reason) for p in found if p.state == "refused"]
-    if reasons:
-        screen.print("-: refused, because", "")
-        screen.print(table(("structure", "init", "reason"), reasons, wrapped="reason"))
+    refused = [p for p in found if p.state == "refused"]
+    for init in dict.fromkeys(p.init for p in refused):
+        for reason, names in by_reason({p.structure: p.reason for p in refused if p.init == init}).items():
+            screen.print(f"-: {init} not with {', '.join(names)}: {reason}")

@@ -114,7 +114,7 @@ def papers(
     family: Annotated[str | None, typer.Option(help=f"One of: {', '.join(FAMILIES)}.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """List the papers that rankfold covers, with their state; one in full by its number or name."""
+    """List the papers that rankfold covers, or show one in full."""
     rows = select(load() if query is None else find(query), state, family)
     if as_json:
         print(json.dumps([asdict(p) for p in rows], indent=2, ensure_ascii=False))

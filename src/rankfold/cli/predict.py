@@ -16,6 +16,6 @@ def _job(settings: PredictSettings) -> object:
 predict = from_settings(
     PredictSettings,
     "predict",
-    "Use an adapted model: labels with probabilities, embeddings or text for each row of a file.",
+    "Use an adapted model on the rows of a file.\n\nWrites labels with probabilities, embeddings, or text.",
     _job,
 )

@@ -1,6 +1,6 @@
 """A command whose options are the fields of a settings model: the job declares them once, with help, default and bounds.
 
-Values go to the model as text, so that a command line and a YAML file are checked by the same rules and refused in the same words.
+Values go to the model as text, so that a command line and a YAML file are checked by one set of rules, in the same words.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from rankfold.errors import FileError, UnknownName
+from rankfold.errors import FileError, OptionError, UnknownName
 
 __all__ = ["from_settings", "read_config"]
 
@@ -33,10 +33,16 @@ def from_settings(settings: type[BaseModel], name: str, doc: str, job: Callable[
         said = {k: v for k, v in given.items() if v is not None and v != []}
         values = read_config(config, settings) if config is not None else {}
         merged = {k: {**_pairs(values[k]), **_pairs(said[k])} for k in said if isinstance(said[k], list) and k in values}
-        job(settings.of(**{**values, **said, **merged}))  # type: ignore[attr-defined]
+        values |= {**said, **merged}
+        missing = [_flag(k) for k, info in settings.model_fields.items() if info.is_required() and k not in values]
+        if missing:
+            raise OptionError(f"{name} needs {', '.join(missing)}: give it here, or in a file by --config FILE")
+        job(settings.of(**values))  # type: ignore[attr-defined]
 
     parameters = [_parameter(field, info) for field, info in settings.model_fields.items()]
-    config_option = typer.Option(help="YAML file of options, by their names; the command line wins.", metavar="FILE", show_default=False)
+    config_option = typer.Option(
+        help="YAML file of options, by their names; the command line wins.", metavar="FILE", show_default=False
+    )
     parameters.append(_keyword("config", Annotated[Path | None, config_option], None))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -69,15 +75,23 @@ def read_config(path: Path, settings: type[BaseModel]) -> dict[str, Any]:
 
 def _pairs(value: Any) -> dict[str, Any]:
     """Options of a method, from `--set` or from a file, as one mapping; what has no `=` is left for the model to refuse."""
-    return dict(value) if isinstance(value, dict) else {item.partition("=")[0].strip(): item.partition("=")[2].strip() for item in value}
+    return (
+        dict(value)
+        if isinstance(value, dict)
+        else {item.partition("=")[0].strip(): item.partition("=")[2].strip() for item in value}
+    )
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _parameter(name: str, info: Any) -> inspect.Parameter:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     shown = _default(info)
     help_text = (info.description or "")[:1].upper() + (info.description or "")[1:] + (f" [default: {shown}]" if shown else "")
     if info.annotation is bool:

@@ -215,7 +215,7 @@ def _bind(
             slices = _slices(spec.join, shared[key], site.key, shape)
             owner = key.split("/", 1)[1]
             member.shared[name] = key
-        if key not in member.keys() and not hasattr(store, store.flat(key)):
+        if not hasattr(store, store.flat(key)):  # a shared tensor is made once
             start = values.get(name)
             if start is None or start.shape != shape:
                 law = spec.start if spec.start is not None else ROLE_STARTS.get(spec.role, 0.0)
@@ -243,10 +243,11 @@ def _freeze(store: Store) -> None:
             parameter.requires_grad_(False)
 
 
-def add_extra(store: Store, member: Member, module_name: str, param: str) -> Extra | None:
+def add_extra(store: Store, member: Member, module_name: str, param: str, alone: bool = False) -> Extra | None:
     """Train a copy of one parameter beside the adapter (a head, a bias, a norm); None where the module has no such parameter.
 
-    Modules that share the parameter (a tied head) all get the copy: the tie stays.
+    Modules that share the parameter (a tied head) all get the copy: the tie stays. With `alone` they keep the base's, as other
+    tools have it. Asked for twice, by any of its names, it is the copy that is there.
     """
     modules = {n: m for n, m in store.model.named_modules() if n.partition(".")[0] != "rankfold"}
     if module_name not in modules:
@@ -254,15 +255,19 @@ def add_extra(store: Store, member: Member, module_name: str, param: str) -> Ext
     parameter = modules[module_name]._parameters.get(param)
     if parameter is None:
         return None
+    host = modules[module_name].__dict__.get("_rankfold")
+    there = [e.key for owner, e in host.extras if owner == member.name and e.param == param] if host is not None else []
+    if there:
+        return next(e for e in member.extras.values() if e.key == there[0])
     key = f"{member.name}/extra/{module_name}.{param}"
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     store.put(key, parameter.detach().clone().to(dtype if parameter.is_floating_point() else parameter.dtype), True)
-    first = Extra(module_name, param, key)
+    first = Extra(module_name, param, key, alone)
     member.extras[first.name] = first
-    for path, module in modules.items():
+    for path, module in {module_name: modules[module_name]}.items() if alone else modules.items():
         for name, value in module._parameters.items():
             if value is parameter:
-                host_module(store, path, module).extras.append((member.name, Extra(path, name, key)))
+                host_module(store, path, module).extras.append((member.name, Extra(path, name, key, alone)))
     return first
 
 

@@ -86,14 +86,15 @@ def fold(store: Store) -> dict[str, float]:
         errors[path] = _rounding(store, module, host, W)
         module._parameters["weight"] = nn.Parameter(W, requires_grad=False)
         store.folded.setdefault(path, []).append(("weight", original))
-    for name in store.active:
-        for extra in store.members[name].extras.values():
-            module = store.model.get_submodule(extra.module)
+    whole: dict[str, nn.Parameter] = {}
+    for path, (module, host) in hosts.items():  # every module that shares an owned parameter: the tie stays
+        for extra in (e for name, e in host.extras if name in store.active):
             kept = module._parameters[extra.param]
             assert kept is not None
-            own = store.tensor(extra.key).detach().to(kept.dtype)
-            module._parameters[extra.param] = nn.Parameter(own.clone(), requires_grad=False)
-            store.folded.setdefault(extra.module, []).append((extra.param, kept))
+            if extra.key not in whole:
+                whole[extra.key] = nn.Parameter(store.tensor(extra.key).detach().to(kept.dtype).clone(), requires_grad=False)
+            module._parameters[extra.param] = whole[extra.key]
+            store.folded.setdefault(path, []).append((extra.param, kept))
     if not store.folded:
         raise LayoutError("no adapter is on: there is nothing to fold")
     return errors

@@ -132,7 +132,8 @@ def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program
     leaves = [leaf for t in ts for leaf in t] + [w for w in weights if isinstance(w, Tensor)]
 
     def build(values: Sequence[Tensor], x: Tensor | None) -> Operator:
-        values, terms = list(values), list[Operator]([base])
+        values = list(values)
+        terms: list[Operator] = [base]
         scales = iter(values[sum(len(t) for t in ts) :])
         for slot, t, weight, seed in zip(slots, ts, weights, seeds):
             here, values = type(t)(*values[: len(t)]), values[len(t) :]
@@ -224,4 +225,4 @@ def fold_weight(program: Program) -> Tensor:
     if not program.dense_ok:
         raise LayoutError("this change depends on the input: it can't be folded into a weight")
     with torch.no_grad():
-        return program.expression().dense()
+        return program.expression().dense().detach()

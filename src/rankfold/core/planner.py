@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rankfold.errors import LayoutError, OptionError
 from rankfold.kernels import lowrank_linear, magnitude_linear
 from rankfold.kernels.magnitude import amplify
+from rankfold.kernels.once import once
 from rankfold.linalg import Dense, Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
 from rankfold.linalg.dropout import Dropout
 
@@ -72,9 +72,11 @@ class Program:
         fixed = all(t.is_leaf for t in self.leaves)  # slices of a shared tensor that trains are cut anew in each pass
         if self.dense_ok and fixed and not torch.compiler.is_compiling():
             expr = self.expression()
+            fused = _fused_form(expr, self.base)
+            factors = [t for t in fused or () if isinstance(t, Tensor)]  # a diagonal taken into B is a new tensor in each pass
             own = {id(t) for t in self.leaves}
-            if all(id(t) in own for t in _tensors(expr, self.base)):
-                self.kept = (expr, _fused_form(expr, self.base))
+            if all(id(t) in own for t in [*_tensors(expr, self.base), *factors]):
+                self.kept = (expr, fused)
         return self.kept is not None
 
 
@@ -122,6 +124,8 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
     tokens = x.numel() // x.shape[-1]
     if plan == "auto":
         plan, memory = _choose(program, expr, tokens, memory)
+    if plan == "plain":
+        return _plain(program, x, bias)
     if plan == "effective":
         if not program.dense_ok:
             raise LayoutError("plan 'effective': the change depends on the input or on chance, so there is no one weight to build")
@@ -313,7 +317,7 @@ class _Recompute(torch.autograd.Function):
         return _at(program.expression(leaves, x), path).matmul(z)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gy):
         with torch.enable_grad():
             x, z, *leaves = _fresh(ctx.saved_tensors)
@@ -333,7 +337,7 @@ class _Effective(torch.autograd.Function):
         return F.linear(x, like(W, x), None if bias is None else like(bias, x))
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gy):
         x, *saved = ctx.saved_tensors
         g, flat = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])

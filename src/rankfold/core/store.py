@@ -80,11 +80,15 @@ def _tuple_class(fields: tuple[str, ...]) -> type:
 
 @dataclass(eq=False)
 class Extra:
-    """One parameter of the model that an adapter trains in a copy of its own: heads, biases, norms."""
+    """One parameter of the model that an adapter trains in a copy of its own: heads, biases, norms.
+
+    `alone`: other modules that share the parameter keep the base's; else they all get the copy.
+    """
 
     module: str
     param: str
     key: str
+    alone: bool = False
 
     @property
     def name(self) -> str:

@@ -1,10 +1,10 @@
-"""Adapters in and out: `rf.load` takes rankfold's own folders and peft's, `export` writes what other tools take, with its error."""
+"""Adapters in and out: `rf.load` reads rankfold's own folders and peft's, `export` writes what other tools take."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +101,7 @@ def attach_adapter(
     plan: str = "auto",
     memory: str = "auto",
 ) -> Adaptation:
-    """Attach an adapter in normal form: as `lora`, or `magnitude+lora` where it has magnitudes, with each site's own rank and scale.
+    """Attach an adapter in normal form, with each site's own rank and scale: as lora, or as magnitude+lora if it has magnitudes.
 
     Raises:
         FileError: it does not fit this model. FingerprintError: it brings copies of base weights, and they are not this model's.
@@ -110,12 +110,16 @@ def attach_adapter(
     entries = list(adapter.entries.values())
     rescaled = [e for e in entries if e.magnitude is not None]
     if not entries or any(e.gain is not None for e in entries) or len(rescaled) not in (0, len(entries)):
-        raise CompositionError(f"{source}: an adapter must change some weight, and have magnitudes at all of its sites or at none, and no gains")
+        raise CompositionError(
+            f"{source}: an adapter must change some weight, and have magnitudes at all of its sites or at none, and no gains"
+        )
     copies = adapter.metadata.get("base_copies")
     if isinstance(copies, Fingerprint) and not force:
         _same_base(model, copies, source)
     if (dropout := (adapter.metadata.get("options") or {}).get("lora_dropout")) and isinstance(dropout, float):
-        warnings.warn(f"{source}: trained with dropout {dropout:g}, which the loaded adapter does not have if it trains on", stacklevel=3)
+        warnings.warn(
+            f"{source}: trained with dropout {dropout:g}, which the loaded adapter does not have if it trains on", stacklevel=3
+        )
     common, _ = Counter((e.rank, e.scale) for e in entries).most_common(1)[0]
     chosen = method("magnitude+lora" if rescaled else "lora", rank=common[0], alpha=_alpha(*common, source))
     known = {s.name: s for s in every_site(model)}
@@ -127,7 +131,8 @@ def attach_adapter(
         by_role = {"B": e.B, "A": e.A, "magnitude": e.magnitude}
         specs = specs_of(chosen.structure.at_rank(e.rank, alpha), site)
         tensors[e.key] = {field_: by_role[spec.role] for field_, spec in specs.items()}
-    record = NativeAdapter(chosen.text, chosen.options, tuple(records), tensors, extras=dict(adapter.extras))  # type: ignore[arg-type]
+    extras, untied = _owned(model, adapter.extras)
+    record = NativeAdapter(chosen.text, chosen.options, tuple(records), tensors, extras=extras, untied=untied)  # type: ignore[arg-type]
     return saving.attach_record(model, record, source, name=name, force=force, plan=plan, memory=memory)
 
 
@@ -156,6 +161,33 @@ def _fitting(e: Entry, known: Mapping[str, Site], source: str) -> Site:
     if e.shape != site.shape or (e.kind == "embedding") != (site.kind == "embedding"):
         raise FileError(f"{source}: {e.key} changes a map {e.shape} ({e.kind}); in this model it is {site.shape} ({site.kind})")
     return site
+
+
+def _users(model: nn.Module) -> dict[str, list[str]]:
+    """For each parameter by each of its names: all its names, in model order."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if path.partition(".")[0] != "rankfold":
+            for leaf, p in module._parameters.items():
+                if p is not None:
+                    names.setdefault(id(p), []).append(f"{path}.{leaf}" if path else leaf)
+    return {name: group for group in names.values() for name in group}
+
+
+def _owned(model: nn.Module, extras: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(extras, names of those that are untied): a shared parameter stays one where all its users bring the same value."""
+    users = _users(model)
+    kept: dict[str, Tensor] = {}
+    untied = []
+    for full, value in extras.items():
+        sharers = users.get(full, [full])
+        tied = all(name in extras and torch.equal(extras[name], value) for name in sharers)
+        if tied and full != sharers[0]:
+            continue
+        kept[full] = value
+        if not tied:
+            untied.append(full)
+    return kept, tuple(untied)
 
 
 @dataclass(frozen=True)
@@ -199,8 +231,8 @@ def export(
 ) -> ExportReport:
     """Write an adapter for other tools, and say what the form costs.
 
-    "peft": its LoRA or DoRA folder; exact for whatever is a LoRA (an offset as rank 2r), a rotation, or a magnitude over these; the
-    scale stays in alpha. "folded": the whole model with the changed weights, `save_pretrained` where the model has it, else
+    "peft": its LoRA or DoRA folder, exact for whatever is a LoRA (an offset as rank 2r), a rotation, or a magnitude over these;
+    the scale stays in alpha. "folded": the whole model with the changed weights, `save_pretrained` where the model has it, else
     model.safetensors. "serving": one rank, the scale folded into B, in one dtype.
 
     Args:
@@ -210,12 +242,15 @@ def export(
         dtype: of the written weights; by default the base's (folded), bfloat16 (serving). peft's factors stay as they are.
 
     Raises:
-        CompositionError: a change that the format can't hold. UnknownName: no such format. FileError: the folder can't be written.
+        CompositionError: a change that the format can't hold.
+        UnknownName: no such format. FileError: the folder can't be written.
     """
     if to not in FORMATS:
         raise UnknownName.of("format", to, FORMATS, f"there are: {', '.join(FORMATS)}")
     if (to == "folded" and rank is not None) or (to == "peft" and dtype is not None):
-        raise OptionError(f"export --to {to}: {'a folded model has no rank' if rank else 'the factors keep the dtype that they trained in'}")
+        raise OptionError(
+            f"export --to {to}: {'a folded model has no rank' if rank else 'the factors keep the dtype that they trained in'}"
+        )
     out = Path(out)
     with _attached(model, source, name, force) as (adaptation, name):
         ties = tuple(_broken_ties(model, adaptation, name))
@@ -223,7 +258,8 @@ def export(
             errors = write_folded(adaptation, name, out, dtype)
             return ExportReport(to, out, errors, notes=ties)
         adapter, errors = saving.normal_form(adaptation, name, rank)
-        adapter = Adapter(adapter.entries, _whole_modules(model, adapter), adapter.metadata)
+        alone = {e.name for e in adaptation.attached[name].member.extras.values() if e.alone}
+        adapter = Adapter(adapter.entries, _whole_modules(model, adapter, alone), adapter.metadata)
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         if to == "peft":
             notes = peft.write_peft(out, adapter, base_model)
@@ -234,7 +270,9 @@ def export(
 
 
 @contextmanager
-def _attached(model: nn.Module, source: str | Path | Adaptation, name: str | None, force: bool) -> Iterator[tuple[Adaptation, str]]:
+def _attached(
+    model: nn.Module, source: str | Path | Adaptation, name: str | None, force: bool
+) -> Iterator[tuple[Adaptation, str]]:
     """(handle, adapter's name), that adapter alone being on; the model is as before afterwards."""
     store = store_of(model)
     before = dict(store.active) if store is not None else {}
@@ -254,17 +292,15 @@ def _attached(model: nn.Module, source: str | Path | Adaptation, name: str | Non
             store.switch(before)
 
 
-def _whole_modules(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The extra tensors, filled up so that every module is whole and every user of a tied tensor has its copy, as peft stores them."""
+def _whole_modules(model: nn.Module, adapter: Adapter, alone: Collection[str]) -> dict[str, Tensor]:
+    """The extra tensors as peft stores them: every module whole, and a copy for every user of a tied tensor."""
+    users = _users(model)
+    extras = {other: value for full, value in adapter.extras.items() for other in ([full] if full in alone else users[full])}
     adapted = {e.name for e in adapter.entries.values()}
-    extras = dict(adapter.extras)
-    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n.partition(".")[0] != "rankfold"}
-    for full, value in adapter.extras.items():
-        owner, _, leaf = full.rpartition(".")
-        tied = modules[owner]._parameters[leaf]
-        extras |= {f"{n}.{k}": value for n, m in modules.items() for k, p in m._parameters.items() if p is tied}
     for owner in {full.rpartition(".")[0] for full in extras} - adapted:
-        extras |= {f"{owner}.{k}": p.detach().cpu() for k, p in modules[owner]._parameters.items() if p is not None and f"{owner}.{k}" not in extras}
+        for leaf, p in model.get_submodule(owner)._parameters.items():
+            if p is not None:
+                extras.setdefault(f"{owner}.{leaf}", p.detach().cpu())
     return extras
 
 
@@ -278,7 +314,7 @@ def _broken_ties(model: nn.Module, adaptation: Adaptation, name: str) -> Iterato
     for sharing in users.values():
         changed, kept = [n for n in sharing if n in adapted], [n for n in sharing if n not in adapted]
         if changed and kept:
-            yield f"{', '.join(changed)} shares its weight with {', '.join(kept)}, which keeps the base's: the adapter changes the first alone"
+            yield f"{', '.join(changed)}: shares its weight with {', '.join(kept)}, which is not adapted and keeps the base's"
 
 
 def _both(cut: Mapping[str, float], rounded: Mapping[str, float]) -> dict[str, float]:

@@ -59,7 +59,9 @@ def _rounding(adaptation: Adaptation, name: str, dtype: torch.dtype | None) -> d
     return errors
 
 
-def _save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, labels: tuple[str, ...] | None) -> None:
+def _save_pretrained(
+    model: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, labels: tuple[str, ...] | None
+) -> None:
     model.save_pretrained(folder, state_dict=state)
     config = read_json(folder / "config.json")
     if dtype is not None:

@@ -121,7 +121,9 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise OptionError(f"device {device!r} can't be used here: {reason}\n  on this machine: --device cpu always works") from None
+        raise OptionError(
+            f"device {device!r} can't be used here: {reason}\n  on this machine: --device cpu always works"
+        ) from None
     return place
 
 
@@ -186,7 +188,7 @@ def _cached(name: str) -> bool:
 
 
 def _hub_trouble() -> str | None:
-    """Why the hub can't be asked, or None. Looking a name up can hang for minutes, so it happens in a thread that is not waited for."""
+    """Why the hub can't be asked, or None. Looking a name up can hang for minutes, so a thread does it that nobody waits for."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -256,7 +258,9 @@ def start_head(model: nn.Module, names: Sequence[str], seed: int) -> None:
     for name in names:
         value = parameters[name]
         with torch.no_grad():
-            start = Random(seed, "head", name).normal(tuple(value.shape), std=0.02) if value.dim() > 1 else torch.zeros(value.shape)
+            start = (
+                Random(seed, "head", name).normal(tuple(value.shape), std=0.02) if value.dim() > 1 else torch.zeros(value.shape)
+            )
             value.copy_(start)
 
 
@@ -301,11 +305,12 @@ def tiny_llama(task: str, labels: Sequence[str] | None = None, width: int = 64, 
     """
     import transformers as hf
 
-    config = hf.LlamaConfig(
-        vocab_size=259, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        num_labels=len(labels) if labels else 2,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 259, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": 1, "num_labels": len(labels) if labels else 2,
+    }  # fmt: skip
+    config = hf.LlamaConfig(**sizes)
     kind = {"embed": hf.LlamaModel, "classify": hf.LlamaForSequenceClassification}.get(task, hf.LlamaForCausalLM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rankfold.linalg.dropout import keep_mask
+
+from .once import once
 
 __all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
 
@@ -26,11 +27,17 @@ def stack_factors(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dt
     return torch.cat([B - B0, B0], 1).to(dtype), torch.cat([A, A - A0], 0).to(dtype)
 
 
-def drop(x: Tensor, p_seed: Drop) -> Tensor:
+def mask_of(shape: torch.Size, p_seed: Drop, like: Tensor) -> Tensor | None:
+    """z / (1 − p) in the dtype of `like`, or None without dropout."""
     if p_seed is None:
-        return x
+        return None
     p, seed = p_seed
-    return x * keep_mask(x.shape, p, seed, x.device).to(x.dtype).mul_(1.0 / (1.0 - p))
+    return keep_mask(shape, p, seed, like.device).to(like.dtype).mul_(1.0 / (1.0 - p))
+
+
+def drop(x: Tensor, p_seed: Drop) -> Tensor:
+    mask = mask_of(x.shape, p_seed, x)
+    return x if mask is None else x * mask
 
 
 def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: Drop) -> Tensor:
@@ -45,15 +52,16 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(∂B, ∂A) from g = ∂L/∂(low-rank output); adds this branch's share to gx in place. With an offset, Bs and As are stacked."""
     hg = g @ Bs  # [tokens, r] or [tokens, 2r]
+    mask = mask_of(torch.Size((g.shape[0], As.shape[1])), p_seed, g)
     if gx is not None:
-        if p_seed is None:
+        if mask is None:
             gx.addmm_(hg, As, alpha=scale)
         else:
-            gx.add_(drop(hg @ As, p_seed), alpha=scale)
+            gx.addcmul_(hg @ As, mask, value=scale)
     gA = gB = None
     if x is not None:
         own = hg if hg.shape[1] == rank else hg[:, :rank] + hg[:, rank:]  # g (B − B₀) + g B₀ = g B
-        gA = (own.mT @ drop(x, p_seed)).mul_(scale)
+        gA = (own.mT @ (x if mask is None else x * mask)).mul_(scale)
     if h is not None:
         gB = (h[:, :rank].mT @ g).mul_(scale).mT  # the wide product in the order that is faster on a CPU
     return gB, gA
@@ -72,7 +80,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gy):
         x, h, B, A, B0, A0 = ctx.saved_tensors
         g = gy.reshape(-1, gy.shape[-1])

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .lowrank import Drop, combine, gradients, stack_factors
+from .once import once
 
 __all__ = ["amplify", "magnitude_linear"]
 
@@ -49,7 +49,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gy):
         x, h, y, bias, m, norm, B, A, B0, A0 = ctx.saved_tensors
         g = gy.reshape(-1, gy.shape[-1])

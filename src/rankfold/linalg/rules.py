@@ -183,8 +183,8 @@ def difference(expr: Operator, W: Operator) -> Operator:
         return simplify(change if expr.left is W else difference(expr.left, W) @ expr.right + change)
     if isinstance(expr, Magnitude):
         gain = expr.gain()
-        scaled = Diagonal(gain) @ difference(expr.inner, W)
-        return simplify(Diagonal(gain - 1.0) @ W + scaled)
+        scaled = Product(Diagonal(gain), difference(expr.inner, W))
+        return simplify(Sum((Product(Diagonal(gain - 1.0), W), scaled)))
     return Sum((expr, Scaled(W, -1.0)))
 
 

@@ -401,10 +401,10 @@ def _allocate(m: Method, sites: Sequence[Site], statistics: Mapping[str, Statist
     if not m.rank.allocates:
         return {s.key: m.structure for s in sites}, []
     scores = {}
-    for site in sites:
-        found = m.init.scores(site, statistics[site.key])
-        assert found is not None
-        scores[site.key] = found
+    for site in sites:  # a site without a statistic (an embedding) keeps its rank
+        found = m.init.scores(site, statistics[site.key]) if site.key in statistics else None
+        if found is not None:
+            scores[site.key] = found
     start = getattr(m.structure.core, "rank")
     ranks = m.rank.allocate(scores, {s.key: start for s in sites}, {s.key: min(s.shape) for s in sites})
     structures = {key: m.structure.at_rank(r) for key, r in ranks.items() if r}

@@ -113,7 +113,7 @@ class LrScale(Edit):
 
 
 def keys_by_role(slot: Slot) -> dict[str, str]:
-    """{role: name in the store} of a site's own tensors; a role that two of them share is left out, a slice of a shared one too."""
+    """{role: name in the store} of a site's tensors, without roles that two of them share and without slices of shared ones."""
     specs = specs_of(slot.structure, slot.site)
     found: dict[str, list[str]] = {}
     for name, (key, slices) in slot.binding.items():
@@ -290,7 +290,7 @@ class _Surgeon:
     # the optimizer
 
     def _swap(self, key: str, value: Tensor, of_state: Callable[[Tensor], Tensor] | None) -> None:
-        """A new tensor under an old name, in the store, the optimizer's groups and state, and the paces; no `of_state` starts anew."""
+        """A new tensor under an old name, in store, optimizer and paces; without `of_state` its state starts anew."""
         old = self.store.tensor(key)
         self.store.replace(key, value.contiguous())
         new = self.store.tensor(key)

@@ -20,8 +20,8 @@ __all__ = ["Engine"]
 class Engine:
     """A policy at work on one adapter.
 
-    `install` hooks it to an optimizer, so that a plain loop (forward, backward, step) is enough; a loop that reaches the points of a
-    step itself calls `run(point, t, total, optimizer)` there, and the hooks leave out what has been run.
+    `install` hooks it to an optimizer, so that a plain loop (forward, backward, step) is enough; a loop that reaches the points
+    of a step itself calls `run(point, t, total, optimizer)` there, and the hooks leave out what has been run.
 
     Attributes:
         step: steps of the optimizer so far.
@@ -167,7 +167,7 @@ class Engine:
         extras = any(self.store.tensor(e.key).grad is not None for e in self.member.extras.values())
         if not self.reached and not extras and self.member.keys():
             raise InactiveError(
-                f"adapter {self.member.name!r}: no gradient reached any of its {len(self.member.slots)} sites before the first step. "
+                f"adapter {self.member.name!r}: no gradient reached any of its {len(self.member.slots)} sites by the first step. "
                 f"Is it switched on (adaptation.use), was loss.backward() called, and does the loss depend on the model's output?"
             )
 
@@ -194,7 +194,7 @@ class Engine:
     # files
 
     def state_dict(self) -> dict[str, Any]:
-        """{"values": what JSON holds, "tensors": {name: tensor}}: with the adapter's and the optimizer's own, all that a resume needs."""
+        """{"values": what JSON holds, "tensors": {name: tensor}}: what a resume needs beside the adapter and the optimizer."""
         values = {
             "step": self.step,
             "calls": self.calls,

@@ -46,12 +46,18 @@ class DeviationAdamW(torch.optim.AdamW):
                 for p in group["params"] if rate else ():
                     if p.grad is not None and p in self.starts:
                         p.sub_(rate * (p - self.starts[p]))
-        super().step()
+        _unhooked(torch.optim.AdamW.step)(self)
         return loss
 
 
+def _unhooked(step: Callable) -> Callable:
+    """A parent's `step` without the step hooks: torch wraps it in them once it has made an instance of the parent itself, and the
+    hooks of this optimizer, which run around its own `step`, would run a second time."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
 def decays(t: Trainable) -> bool:
-    """Whether weight decay makes sense: matrices and larger; not biases, norms, gates and magnitudes, whose zero is no neutral value."""
+    """Whether weight decay makes sense: for matrices; not for biases, norms, gates and magnitudes, whose zero is not neutral."""
     return t.param.ndim >= 2
 
 

@@ -33,7 +33,12 @@ def fingerprint(model: nn.Module, modules: Sequence[str] | None = None) -> Finge
         for name, tensor in kept:
             originals.setdefault(f"{path}.{name}" if path else name, tensor)
     if modules is None:
-        tensors = {n: p for n, p in model.named_parameters() if not n.startswith("rankfold.")}
+        tensors, seen = {}, set()  # a storage that modules share counts once, also while folding has untied it
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            original = originals.get(name, parameter)
+            if not name.startswith("rankfold.") and id(original) not in seen:
+                seen.add(id(original))
+                tensors[name] = original
     else:
         tensors = {}
         for path in modules:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.adapters.adapter import Adapter, Entry
@@ -45,17 +46,21 @@ def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
         own = {f: store.tensor(k).detach().cpu() for f, (k, _) in slot.binding.items() if k not in shared_keys}
         tensors[key] = own
     prefix = member.name + "/"
-    shared = {key.removeprefix(prefix): store.tensor(key).detach().cpu() for key in sorted(_shared(member.slots, member.name))}
+    shared = {
+        ":".join(key.removeprefix(prefix).rsplit("/", 1)): store.tensor(key).detach().cpu()  # names in files hold no path characters
+        for key in sorted(_shared(member.slots, member.name))
+    }
     return NativeAdapter(
         method=a.method.text,
         options=dict(a.method.options),
         sites=tuple(sites),
-        tensors={k: {f: t for f, t in own.items() if f"{member.name}/{k}/{f}" not in shared} for k, own in tensors.items()},
+        tensors=tensors,
         shared=shared,
         extras={e.name: store.tensor(e.key).detach().cpu() for e in member.extras.values()},
         labels=a.labels,
         base=adaptation.fingerprint(name),
         trained={"seed": a.seed, **a.trained},
+        untied=tuple(e.name for e in member.extras.values() if e.alone),
     )
 
 
@@ -101,7 +106,7 @@ def attach_record(
     found = {f"{k}": dict(v) for k, v in record.tensors.items()}
 
     def fill(site: Site, structure: Structure, base: Base, specs: Any) -> dict[str, Tensor]:
-        shared = {n.rpartition("/")[2]: t for n, t in record.shared.items() if _serves(n, site)}
+        shared = {n.rpartition(":")[2]: t for n, t in record.shared.items() if _serves(n, site)}
         return {**shared, **found[site.key]}
 
     member = attach(model, name, sites, structures, fill, int(record.trained.get("seed", 0)))
@@ -112,7 +117,7 @@ def attach_record(
     try:
         for full, value in record.extras.items():
             owner, _, param = full.rpartition(".")
-            extra = add_extra(store, member, owner, param)
+            extra = add_extra(store, member, owner, param, alone=full in record.untied)
             if extra is None or store.tensor(extra.key).shape != value.shape:
                 raise FileError(f"{source}: extra tensor {full!r} {tuple(value.shape)} does not fit this model")
             store.replace(extra.key, value.to(store.tensor(extra.key)))
@@ -126,7 +131,7 @@ def attach_record(
 
 
 def _serves(shared_name: str, site: Site) -> bool:
-    owner = shared_name.partition("/")[0]
+    owner = shared_name.rpartition(":")[0]
     return owner == "shared" or owner == f"group:{site.group or site.name}"
 
 
@@ -158,6 +163,7 @@ def _check_tensors(record: NativeAdapter, sites: list[Site], structures: Mapping
                 raise FileError(f"{source}: {site.key}.{n} is {tuple(here[n].shape)}; this model and method want {spec.shape}")
 
 
+@torch.no_grad()
 def normal_form(adaptation: Adaptation, name: str | None = None, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
     """The adapter as factors and numbers that other tools know, and the relative error at each site (0 where the form is exact).
 

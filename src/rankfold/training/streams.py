@@ -165,8 +165,8 @@ class GradientSum(Statistic):
 
 
 def ranks_of_sketch(shape: tuple[int, int], rank: int) -> tuple[int, int]:
-    """(q, l): columns of the range sketch and rows of the other one, for `rank` triplets: 2·rank and 4·rank + 1, where they fit."""
-    q = min(2 * rank, *shape)
+    """(q, l) for `rank` triplets: 2·rank columns of Ω (at least 10 to spare) and 2·q + 1 rows of Ψ, where the matrix has them."""
+    q = min(max(2 * rank, rank + SPARE), *shape)
     return q, min(2 * q + 1, shape[0])
 
 
@@ -178,7 +178,7 @@ class GradientSketch(Statistic):
 
     Args:
         shape: (out, in).
-        rank: triplets wanted; Ω has 2·rank columns and Ψ 4·rank + 1 rows, where the matrix has as many.
+        rank: triplets wanted; sizes as in `ranks_of_sketch`.
         key: of the random Ω and Ψ, the same in every process.
 
     >>> from rankfold.linalg.random import Random

@@ -58,7 +58,7 @@ def test_gain_is_exactly_one_at_the_start(inner):
 
 def test_starts_where_a_structure_inside_starts_off_the_base():
     """The lengths are those of the inner weight, not those of W."""
-    model, store = attached(Magnitude(inner=Gate(start=2.0, inner=Off(rank=2))))
+    _, store = attached(Magnitude(inner=Gate(start=2.0, inner=Off(rank=2))))
     for slot in slots(store):
         t = slot.t(store)
         torch.testing.assert_close(t.m, (slot.base.W + 2.0 * t.B @ t.A).norm(dim=1), rtol=1e-12, atol=0)
@@ -74,7 +74,7 @@ class Off(LoRA):
 
 
 def test_row_norms_are_m_and_scaling_b_turns_only_directions():
-    model, store = attached(Magnitude(inner=LoRA(rank=3)))
+    _model, store = attached(Magnitude(inner=LoRA(rank=3)))
     move(store)
     slot, t = slots(store)[0], tensors(store)[0]
     for factor in (1.0, 7.0):

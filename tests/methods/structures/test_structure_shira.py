@@ -24,7 +24,7 @@ def test_everything_outside_the_index_is_bitwise_w():
     move(store)
     slot, t = slots(store)[0], tensors(store)[0]
     W = slot.weight(t).dense()
-    changed = (W != model[0].weight).flatten().nonzero().flatten()
+    changed = (model[0].weight != W).flatten().nonzero().flatten()
     assert torch.equal(changed, t.index.long())
     assert len(changed) == 2 * (12 + 20) == SHiRA(rank=2).count(slot.site)
 

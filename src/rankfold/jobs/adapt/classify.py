@@ -46,7 +46,9 @@ class Classify(Task):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return nn.functional.cross_entropy(logits.float(), batch["labels"])
 
-    def evaluate(self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
         """accuracy, macro F1, mean cross-entropy."""
         gold = torch.tensor([row["label"] for row in rows])
         logits = self.logits(model, rows, batch_size, progress)
@@ -54,7 +56,9 @@ class Classify(Task):
         loss = nn.functional.cross_entropy(logits, gold)
         return {"accuracy": accuracy(predicted, gold), "f1": f1(predicted, gold), "loss": float(loss)}
 
-    def logits(self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None) -> Tensor:
+    def logits(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None
+    ) -> Tensor:
         """[rows, labels], in order."""
         found: dict[int, Tensor] = {}
         with evaluating(model) as device:

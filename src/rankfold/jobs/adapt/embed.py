@@ -90,7 +90,9 @@ class Embed(Task):
         return {"input_ids": ids, "attention_mask": mask}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        q, d = (mean_pooled(model(**batch[side]).last_hidden_state, batch[side]["attention_mask"]) for side in ("query", "document"))
+        q, d = (
+            mean_pooled(model(**batch[side]).last_hidden_state, batch[side]["attention_mask"]) for side in ("query", "document")
+        )
         return info_nce(q, d, batch["same"], self.temperature)
 
     def vectors(
@@ -121,10 +123,17 @@ class Embed(Task):
         rivals[gold, gold] = similarity[gold, gold]
         return ranks_of(rivals, gold), similarity
 
-    def evaluate(self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
         """R@1, R@5, MRR and nDCG@10 of every query among all documents."""
         ranks, _ = self.ranks(model, rows, batch_size, progress)
-        return {"recall@1": recall_at(ranks, 1), "recall@5": recall_at(ranks, 5), "mrr": mrr(ranks), "ndcg@10": ndcg_at(ranks, 10)}
+        return {
+            "recall@1": recall_at(ranks, 1),
+            "recall@5": recall_at(ranks, 5),
+            "mrr": mrr(ranks),
+            "ndcg@10": ndcg_at(ranks, 10),
+        }
 
     def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int, **options: Any) -> Iterator[Tensor]:
         """One vector a row."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
@@ -27,6 +26,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits: [rows, tokens, vocabulary].
         labels: [rows, tokens]; −100 is not counted, nor is a row's first token, which nothing predicts.
 
+    >>> import torch
     >>> total, count = token_losses(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
     >>> round(total.exp().item(), 4), int(count)
     (4.0, 1)
@@ -44,7 +44,7 @@ class CausalTask(Task):
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         ids, mask = pad([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)
-        labels, _ = pad([row.get("labels", row["input_ids"]) for row in rows], IGNORED)
+        labels, _ = pad([row["labels"] if "labels" in row else row["input_ids"] for row in rows], IGNORED)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def weight(self, batch: Mapping[str, Any]) -> float:
@@ -55,7 +55,9 @@ class CausalTask(Task):
         total, count = token_losses(logits, batch["labels"])
         return total / count.clamp_min(1)
 
-    def evaluate(self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
         """Perplexity and mean −log p a token, over all labelled tokens."""
         total, count, seen = 0.0, 0, 0
         with evaluating(model) as device:

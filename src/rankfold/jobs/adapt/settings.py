@@ -70,7 +70,8 @@ class _Settings(BaseModel):
         """The settings from keyword arguments, a YAML file or a command line.
 
         Raises:
-            UnknownName: a setting that nobody knows, with the nearest. OptionError: a value outside its bounds, or one that is missing.
+            UnknownName: a setting that nobody knows, with the nearest.
+            OptionError: a value outside its bounds, or one that is missing.
         """
         for name in values:
             if name not in cls.model_fields:
@@ -143,7 +144,9 @@ class AdaptSettings(_Settings):
     tokenizer: str | None = Field(None, description="folder, name, or `bytes`; the model's own by default")
 
     resume: bool = Field(False, description="go on from the last checkpoint in `out`")
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(10.0, description="between checkpoints; 0 means only when interrupted")
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="between checkpoints; 0 means only when interrupted"
+    )
     dry_run: bool = Field(False, description="show the sites, parameters and memory, and stop")
     quiet: bool = Field(False, description="print nothing but errors")
 

@@ -1,4 +1,4 @@
-"""What a task is to the job: how rows become tensors, what is minimised, and what is measured. One file per task beside this one."""
+"""What a task is to the job: how rows become tensors, what is minimised, what is measured. Each has a file beside this one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Task(ABC):
         """The mean loss of a batch, in float32."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int, progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
         """The task's metrics over rows."""
 
     @abstractmethod
@@ -80,7 +82,9 @@ class Task(ABC):
             long = [i for i, ids in enumerate(whole) if len(ids) > self.max_length]
             self.cut += len(long)
             for i in long:
-                whole[i] = self.tokenizer(texts[i], add_special_tokens=special, truncation=True, max_length=self.max_length)["input_ids"]
+                whole[i] = self.tokenizer(texts[i], add_special_tokens=special, truncation=True, max_length=self.max_length)[
+                    "input_ids"
+                ]
         return whole
 
     def batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:

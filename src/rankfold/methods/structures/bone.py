@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from rankfold.core import Context, Site, Spec, Structure, Tensors, register
-from rankfold.linalg import BlockDiagonal, Blockwise, Identity, LowRank, Operator, tiled_identity
+from rankfold.linalg import BlockDiagonal, Blockwise, Identity, LowRank, Operator, Product, Sum, tiled_identity
 
 
 @register("structure", "bone", paper="kang2024bone")
@@ -48,7 +48,7 @@ class Bone(Structure):
                 W + Blockwise(W, C) + LowRank(C.flatten(-3, -2), tiled_identity(self.rank, in_, C))
             )  # row block j is C_j, repeated
         row = C.transpose(-3, -2).flatten(-2)  # [r, in]: C_1 C_2 ... side by side
-        return W @ (Identity(in_, C) + BlockDiagonal(C)) + LowRank(tiled_identity(self.rank, out, C).mT, row)
+        return Product(W, Sum((Identity(in_, C), BlockDiagonal(C)))) + LowRank(tiled_identity(self.rank, out, C).mT, row)
 
     def fits(self, site: Site) -> str | None:
         if site.shape[0] % self.rank or site.shape[1] % self.rank:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Lt
 
 from rankfold.core import Context, Decorator, Site, Tensors, register
-from rankfold.linalg import Operator, difference
+from rankfold.linalg import Operator, Product, difference
 from rankfold.linalg import dropout as activations
 
 
@@ -37,4 +37,5 @@ class Dropout(Decorator):
         inner = self.inner.weight(W, t, site, ctx)
         if ctx is None or not ctx.training or ctx.seed is None or self.p == 0:
             return inner
-        return W + difference(inner, W) @ activations.Dropout(site.shape[1], self.p, ctx.seed, next(W.leaves()))
+        mask = activations.Dropout(site.shape[1], self.p, ctx.seed, next(W.leaves()))
+        return W + Product(difference(inner, W), mask)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rankfold.core import Context, Decorator, Site, Spec, Tensors, register
 from rankfold.errors import CompositionError
-from rankfold.linalg import Diagonal, Operator, Scaled, difference, gate_components
+from rankfold.linalg import Diagonal, Operator, Product, Scaled, difference, gate_components
 
 
 @register("structure", "gate", paper="zhang2023adalora")
@@ -38,10 +38,11 @@ class Gate(Decorator):
             core = type(self.inner.core).__name__
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
         shapes = {"site": (), "row": (site.shape[0],), "rank": (getattr(self.inner.core, "rank", 0),)}
-        return {"gate": Spec(shapes[self.per], role="gate", start=self.start)}
+        role = "gate" if self.per == "rank" else "value"  # policies and inits know a gate as one number per component
+        return {"gate": Spec(shapes[self.per], role=role, start=self.start)}
 
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         change = difference(self.inner.weight(W, t, site, ctx), W)
         if self.per == "rank":
             return W + gate_components(change, t.gate)
-        return W + (Scaled(change, t.gate) if self.per == "site" else Diagonal(t.gate) @ change)
+        return W + (Scaled(change, t.gate) if self.per == "site" else Product(Diagonal(t.gate), change))

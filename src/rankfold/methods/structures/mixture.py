@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, register
 from rankfold.errors import LayoutError
-from rankfold.linalg import Dense, Operator, at_least_float32, like
+from rankfold.linalg import Dense, Operator, Product, at_least_float32, like
 from rankfold.linalg.dropout import TokenGate
 
 
@@ -57,7 +57,7 @@ class Mixture(Structure):
         if ctx is None or ctx.x is None:
             raise LayoutError("mixture weighs its experts by the input: there is no change without one")
         gate = self.scale * self._weights(t.R, ctx.x, ctx.weights)  # [..., experts]
-        return Dense(t.B) @ (TokenGate(gate.repeat_interleave(self.rank, -1)) @ Dense(t.A))
+        return Product(Dense(t.B), Product(TokenGate(gate.repeat_interleave(self.rank, -1)), Dense(t.A)))
 
     def _weights(self, R: Tensor, x: Tensor, given: Tensor | None) -> Tensor:
         if given is None:

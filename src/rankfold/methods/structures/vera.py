@@ -10,7 +10,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, register
-from rankfold.linalg import Diagonal, LowRank, Operator
+from rankfold.linalg import Diagonal, LowRank, Operator, Product
 
 
 def he_uniform(ctx: StartContext) -> Tensor:
@@ -52,7 +52,7 @@ class VeRA(Structure):
         }
 
     def delta(self, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
-        return Diagonal(t.b) @ LowRank(t.B, t.A, diag=t.d)
+        return Product(Diagonal(t.b), LowRank(t.B, t.A, diag=t.d))
 
     def fits(self, site: Site) -> str | None:
         return None

@@ -1,0 +1,70 @@
+"""Results as JSON, one file per benchmark, written whole after every cell: a run that was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .protocol import conditions
+
+__all__ = ["FOLDER", "Results", "source_hash"]
+
+FOLDER = Path(__file__).parent / "results"
+MEASURED = ("linalg", "kernels", "core", "methods", "training", "adapters")
+
+
+@cache
+def source_hash() -> str:
+    """Of the floors whose speed and bytes are measured: a result belongs to one state of them."""
+    import rankfold
+
+    root = Path(rankfold.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(f for floor in MEASURED for f in (root / floor).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Results:
+    """The cells of one benchmark.
+
+    Args:
+        benchmark: its name, "B1"; the file is b1.json.
+        folder: where.
+        resume: skip cells that were measured under the same conditions and source.
+    """
+
+    def __init__(self, benchmark: str, folder: Path = FOLDER, resume: bool = False) -> None:
+        self.path = folder / f"{benchmark.lower()}.json"
+        self.benchmark = benchmark
+        self.resume = resume
+        self.cells: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+
+    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run one cell and write it down at once, with the conditions it ran under; or give what is there."""
+        found = self.cells.get(key)
+        if self.resume and found is not None and self._same(found["conditions"]):
+            return found
+        here = {**conditions(), "source": source_hash()}
+        self.cells[key] = {**run(), "conditions": here}
+        self.write()
+        return self.cells[key]
+
+    @staticmethod
+    def _same(before: dict[str, Any]) -> bool:
+        varying = ("load", "date")
+        now = {**conditions(), "source": source_hash()}
+        return all(before.get(k) == v for k, v in now.items() if k not in varying)
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".partial")
+        aside.write_text(json.dumps({"benchmark": self.benchmark, "cells": self.cells}, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.path)

@@ -1,0 +1,61 @@
+"""What a run will need, before it runs: one batch forward with every tensor counted that the backward pass would keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.training.adaptation import Adaptation
+
+__all__ = ["MemoryPlan", "plan_memory"]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the frozen base, of the adapter, of its gradients and Adam's two moments, and of one batch's activations."""
+
+    base: int
+    adapter: int
+    training: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.training + self.activations
+
+
+def plan_memory(model: nn.Module, adaptation: Adaptation, loss: Callable[[], Tensor]) -> MemoryPlan:
+    """Run `loss()` once in train mode, without a backward pass, and count.
+
+    >>> import rankfold as rf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))
+    >>> adaptation = rf.adapt(model, "lora", rank=1)
+    >>> plan = plan_memory(model, adaptation, lambda: model(torch.ones(5, 4)).sum())
+    >>> plan.base, plan.adapter, plan.training
+    (48, 28, 84)
+    """
+    own = {t.data_ptr() for t in adaptation.tensors().values()}
+    base = {p.data_ptr(): p.nbytes for n, p in model.named_parameters() if not n.startswith("rankfold.")}
+    fixed = own | base.keys()
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mode = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            value = loss()  # alive while counting, so that no address is used twice
+            del value
+    finally:
+        model.train(mode)
+    trained = sum(p.nbytes for p in adaptation.parameters())
+    adapter = sum(t.nbytes for t in adaptation.tensors().values())
+    return MemoryPlan(sum(base.values()), adapter, 3 * trained, sum(kept.values()))

@@ -1,0 +1,63 @@
+"""The model that an adapter folder belongs to, with the head that it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from rankfold.adapters.formats.peft import read_peft
+from rankfold.adapters.native import load_native
+from rankfold.errors import FileError, RankfoldError, nearest
+
+from .exchange import folder_format
+from .models import load_model
+
+__all__ = ["base_for"]
+
+TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "lm", "FEATURE_EXTRACTION": "embed"}
+
+
+def base_for(adapter: str | Path, model: str | Path, task: str | None = None) -> nn.Module:
+    """The model `model` in the form whose modules the adapter names.
+
+    Args:
+        task: embed, classify, lm or sft; None takes what the adapter says, else the first form that fits.
+
+    Raises:
+        FileError: no form of the model has the adapter's sites. Whatever `load_model` raises.
+    """
+    labels: tuple[str, ...] | None = None
+    if folder_format(adapter) == "peft":
+        read = read_peft(adapter)
+        names = {e.name for e in read.entries.values()} | {n.rpartition(".")[0] for n in read.extras}
+        said = TASKS.get(read.metadata.get("task_type") or "")
+        heads = [
+            t
+            for n, t in read.extras.items()
+            if n.rpartition(".")[0] in ("classifier", "score", "classifier.out_proj") and t.ndim == 2
+        ]
+        labels = tuple(f"LABEL_{k}" for k in range(heads[0].shape[0])) if heads else None
+    else:
+        record = load_native(adapter)
+        names = {s.name for s in record.sites} | {n.rpartition(".")[0] for n in record.extras}
+        labels = record.labels
+        said = record.trained.get("task") or ("classify" if labels else None)
+    guess = ["classify", "embed", "lm"] if labels else ["embed", "lm"]
+    forms: list[str] = [form] if (form := task or said) else guess
+    missing, problems = "", []
+    for form in forms:
+        try:
+            loaded = load_model(model, form, labels=labels if form == "classify" else None).model
+        except RankfoldError as error:
+            if len(forms) == 1:
+                raise
+            problems.append(str(error))
+            continue
+        here = {n for n, _ in loaded.named_modules()}
+        lacking = sorted(names - here)
+        if not lacking:
+            return loaded
+        missing = f"{lacking[0]!r}; nearest: {', '.join(nearest(lacking[0], here))}"
+    reason = f"model {model} has no {missing}" if missing else "; ".join(problems)
+    raise FileError(f"{adapter}: {reason}. Another base: --model; another head: --task embed|classify|lm")

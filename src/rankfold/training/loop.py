@@ -1,0 +1,517 @@
+"""The training loop: the reference for every job. Short enough to read; what it calls has a file of its own.
+
+    history = train(model, adaptation, batches, loss, LoopSettings(epochs=3, lr=1e-3), evaluate=evaluate)
+
+One step: forward and backward over its batches, clip, optimizer; the method's policy acts at the five points in between.
+Every random draw of a step is keyed by (seed, step), and the data by (seed, epoch): stopped anywhere and resumed in a new
+process, a run gives what it would have given uninterrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+
+from rankfold.core.options import Options
+from rankfold.errors import FileError, InactiveError, LayoutError, NumericError, OptionError
+from rankfold.linalg.random import Random
+
+from .adaptation import Adaptation
+from .batches import Source, as_source, to_device
+from .checkpoints import RunState, has_checkpoint, load_checkpoint, restore, save_checkpoint
+from .finding import first_bad_place
+from .machine import mark_memory, peak_memory
+from .progress import Progress
+from .schedules import rate_factor
+
+__all__ = ["History", "Interrupted", "LoopSettings", "train"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Evaluation = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(Options):
+    """How long, how fast, how carefully.
+
+    Args:
+        lr, weight_decay: of the method's update; a method may give some tensors a multiple of lr.
+        epochs: passes over the data; parts of one are fine.
+        max_steps: at most so many steps, whatever `epochs` says.
+        grad_accum: batches of one step; their gradients are joined as those of one large batch.
+        clip: largest norm of the gradient over all tensors; 0 is no limit.
+        schedule, warmup: see `rate_factor`.
+        bf16: compute under autocast in bfloat16; what trains stays as it is.
+        gradient_checkpointing: recompute activations in the backward pass, in the form that never loses gradients.
+        evaluations: so many over the run, evenly; 0 is one an epoch. The last step is always followed by one.
+        evaluate_first: evaluate before the first step too.
+        metric, better: the figure of `evaluate` by which the best state is known, and its direction.
+        keep_best: end with the state of the best evaluation.
+        patience: stop after so many evaluations without a new best; None is never.
+        seed: of the order of the data and of every draw within a step.
+        folder: where checkpoints go; None is nowhere.
+        checkpoint_minutes: between checkpoints; 0 is only when interrupted.
+        resume: go on from the checkpoint in `folder`, where there is one.
+        progress: show a bar.
+    """
+
+    lr: Annotated[float, Gt(0)] = 1e-3
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    epochs: Annotated[float, Gt(0)] = 1.0
+    max_steps: Annotated[int, Ge(1)] | None = None
+    grad_accum: Annotated[int, Ge(1)] = 1
+    clip: Annotated[float, Ge(0)] = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    evaluations: Annotated[int, Ge(0)] = 0
+    evaluate_first: bool = True
+    metric: str = "loss"
+    better: Literal["higher", "lower"] = "lower"
+    keep_best: bool = True
+    patience: Annotated[int, Ge(1)] | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    folder: Path | None = None
+    checkpoint_minutes: Annotated[float, Ge(0)] = 10.0
+    resume: bool = False
+    progress: bool = True
+
+
+@dataclass
+class History:
+    """What a run did.
+
+    Attributes:
+        steps: one record a step: step (from 1), epoch, loss, lr, norm (of the gradient before clipping).
+        evaluations: one record each: step, and the figures of `evaluate`.
+        total: steps that were planned; stopped: "finished" or "early".
+        best_step: of the evaluation whose state the run ended with; None where there was none.
+        seconds: of training and evaluation, over all parts of a resumed run; evaluation_seconds: of that, evaluation.
+        peak_memory: in bytes.
+        changes: what the method's policy did: {"ranks": [(step, {site: rank})], "touched": {kind of edit: tensors}}.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    total: int = 0
+    stopped: str = "finished"
+    best_step: int | None = None
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    peak_memory: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.steps]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a request to end: the run was saved first; the message says where, and how to go on."""
+
+
+def train(
+    model: nn.Module,
+    adaptation: Adaptation,
+    batches: Source | Sequence[Any],
+    loss: LossFunction,
+    settings: LoopSettings | None = None,
+    *,
+    evaluate: Evaluation | None = None,
+    weigh: Callable[[Any], float] | None = None,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    name: str | None = None,
+) -> History:
+    """Train one adapter of a model; the model ends in the mode that it came in, with the best state or the last.
+
+    Args:
+        batches: a `Batches`, or a list of batches.
+        loss: loss(model, batch) -> scalar, the mean over the batch's terms. The method's own terms are added.
+        evaluate: model -> {name: figure}; runs at the times that the settings say.
+        weigh: how many terms the mean of `loss` is over, so that batches of one step are joined rightly; equal by default.
+        on_step: called with the record of each step.
+        name: of the adapter; the first that is on by default.
+
+    Raises:
+        InactiveError: no gradient reached the adapter, or a site, or the policy did nothing.
+        NumericError: the loss or the gradient is NaN or Inf; names where it appeared first. The state before that step is saved.
+        Interrupted: Ctrl-C; saved, and says how to go on.
+
+    >>> import rankfold as rf
+    >>> model = nn.Sequential(nn.Linear(4, 1))
+    >>> adaptation = rf.adapt(model, "lora", rank=1)
+    >>> x = torch.eye(4)
+    >>> batches = [(x, x.sum(-1, keepdim=True) * 2)]
+    >>> def loss(model, batch):
+    ...     return (model(batch[0]) - batch[1]).square().mean()
+    >>> history = train(model, adaptation, batches, loss, LoopSettings(epochs=50, lr=0.1))
+    >>> history.losses[-1] < 0.1 * history.losses[0]
+    True
+    """
+    run = _Run(model, adaptation, as_source(batches), loss, settings or LoopSettings(), evaluate, weigh, name)
+    mode = model.training
+    with run.prepared(), _Signals() as signals, Progress("train", run.total, run.settings.progress) as bar:
+        try:
+            run.begin()
+            while run.step < run.total and run.history.stopped != "early":
+                record = run.one_step()
+                bar.at(run.step, f"loss {record['loss']:.4g}")
+                if on_step is not None:
+                    on_step(record)
+                if run.evaluation_is_due():
+                    run.evaluate()
+                if signals.asked:
+                    raise run.interrupted()
+                run.checkpoint_if_due()
+            run.end()
+        finally:
+            model.train(mode)
+    return run.history
+
+
+class _Run:
+    """One run: its state, and the parts of a step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adaptation: Adaptation,
+        source: Source,
+        loss: LossFunction,
+        settings: LoopSettings,
+        evaluate: Evaluation | None,
+        weigh: Callable[[Any], float] | None,
+        name: str | None,
+    ) -> None:
+        self.model, self.adaptation, self.source, self.settings, self.name = model, adaptation, source, settings, name
+        self.loss_function, self.evaluation, self.weigh = loss, evaluate, weigh or (lambda batch: 1.0)
+        self.attached = adaptation._get(name)
+        self.device = adaptation.parameters(name)[0].device if adaptation.parameters(name) else torch.device("cpu")
+        self.accelerator = Accelerator()
+        per_step = settings.grad_accum * self.accelerator.num_processes
+        self.epoch_steps = -(-len(source) // per_step)
+        planned = max(1, math.ceil(settings.epochs * self.epoch_steps))
+        self.total = min(planned, settings.max_steps or planned)
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        self.history = History(total=self.total)
+        self.began = self.saved_at = time.monotonic()
+
+    # before and after
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Random states as they were afterwards; checkpointing of activations only within."""
+        states = (random.getstate(), np.random.get_state())
+        on = self.settings.gradient_checkpointing and checkpoint_activations(self.model)
+        mark_memory(self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+                if on:
+                    self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def begin(self) -> None:
+        """A fresh start, or where the checkpoint is; then the optimizer."""
+        folder = self.settings.folder
+        saved = load_checkpoint(folder) if self.settings.resume and folder is not None and has_checkpoint(folder) else None
+        if saved is not None:
+            assert folder is not None
+            self._check_identity(saved)
+            restore(folder, self.adaptation, saved, self.name)
+        s = self.settings
+        self.optimizer = self.adaptation.optimizer(s.lr, s.weight_decay, name=self.name, total_steps=self.total)
+        self.engine = self.attached.engine
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        # more than one process: gradients are averaged in the backward pass
+        self.wrapped = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
+        if saved is not None:
+            self._take_over(saved)
+        elif self.evaluation is not None and s.evaluate_first:
+            self.evaluate(counts=False)
+        self.first_step, self.start = self.step, [(p, p._version) for p in self._parameters()]
+
+    def end(self) -> None:
+        """The policy's last word, the best state, and whether everything that was asked for took part (law 6)."""
+        self.engine.check()
+        if self.step > self.first_step and all(p._version == version for p, version in self.start):
+            raise InactiveError(f"{self.step} steps moved no tensor of adapter {self.attached.member.name!r}")
+        if self.evaluation is not None and self.history.evaluations[-1:] and self.history.evaluations[-1]["step"] != self.step:
+            self.evaluate()
+        if self.best and self.settings.keep_best:
+            self._put_back_best()
+        self.engine.finalise(self.optimizer)
+        self._clock()
+        self.history.changes = {"ranks": self.engine.history, "touched": self.engine.touched}
+
+    # one step
+
+    def one_step(self) -> dict[str, float]:
+        """Forward and backward over the step's batches, clip, optimizer; gives the step's record."""
+        t, s = self.step + 1, self.settings
+        epoch, places = self._places()
+        batches = [self.source.batch(epoch, place) for place in places]
+        weights = [self.weigh(batch) for batch in batches]
+        whole = self._sum(sum(weights)) or 1.0
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.engine.run("before_forward", t, self.total, self.optimizer)
+        mean = 0.0
+        for k, (batch, weight) in enumerate(zip(batches, weights)):
+            last = k == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                self._seed(k)
+                share = weight / whole * self.accelerator.num_processes
+                value = self.loss(batch, self.wrapped) * share
+                if not torch.isfinite(value):
+                    raise self._not_finite("loss", float(value), batch, k)
+                if value.requires_grad:
+                    self.accelerator.backward(value)
+                mean += float(value.detach())
+        norm = float(torch.nn.utils.get_total_norm(self._gradients()))
+        if not math.isfinite(norm):  # before the policy looks at the gradients: its memory stays clean
+            raise self._not_finite("gradient", norm, batch, len(batches) - 1)
+        self.engine.run("after_backward", t, self.total, self.optimizer)
+        if s.clip:
+            self.accelerator.clip_grad_norm_(self._parameters(), s.clip)
+        self.engine.run("after_clip", t, self.total, self.optimizer)
+        factor = rate_factor(self.step, self.total, s.schedule, s.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimizer.step()  # the engine's hooks are around it: after_step, between_steps, the next before_forward
+        self.step = t
+        record = {
+            "step": t,
+            "epoch": t / self.epoch_steps,
+            "loss": self._sum(mean) / self.accelerator.num_processes,
+            "lr": s.lr * factor,
+            "norm": norm,
+        }
+        self.history.steps.append(record)
+        return record
+
+    def loss(self, batch: Any, model: nn.Module) -> Tensor:
+        """The user's loss and the method's own terms."""
+        with self._autocast():
+            value = self.loss_function(model, to_device(batch, self.device))
+        for term in self.adaptation.objectives().values():
+            value = value + term
+        return value
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
+
+    def _places(self) -> tuple[int, list[int]]:
+        """(epoch, places of this process's batches) of the coming step."""
+        epoch, position = divmod(self.step, self.epoch_steps)
+        per_step = self.settings.grad_accum * self.accelerator.num_processes
+        places = list(range(position * per_step, min((position + 1) * per_step, len(self.source))))
+        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        return epoch, mine or places[-1:]  # every process takes part in every step
+
+    def _seed(self, k: int) -> None:
+        """Draws of batch k of this step depend on (seed, step, k) alone."""
+        seed = Random(self.settings.seed, "step", self.step, k, self.accelerator.process_index).randint(0, 2**31)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters() if p.grad is not None]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]  # edits may have replaced some
+
+    def _sum(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    # evaluation
+
+    def evaluation_is_due(self) -> bool:
+        """After every epoch, or evenly over the run; after the last step always."""
+        if self.evaluation is None:
+            return False
+        count = self.settings.evaluations
+        if self.step == self.total:
+            return True
+        if count == 0:
+            return self.step % self.epoch_steps == 0
+        return self.step * count // self.total > (self.step - 1) * count // self.total
+
+    def evaluate(self, counts: bool = True) -> None:
+        """Evaluate; keep the state if it is the best; say so if patience is at its end."""
+        assert self.evaluation is not None
+        began = time.monotonic()
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            figures = self.evaluation(self.model)
+        self.history.evaluation_seconds += time.monotonic() - began
+        self.history.evaluations.append({"step": self.step, **figures})
+        if not counts:
+            return
+        s = self.settings
+        if s.metric not in figures:
+            raise OptionError(f"metric {s.metric!r}: evaluate gives {', '.join(figures)}")
+        value = figures[s.metric]
+        sign = 1 if s.better == "higher" else -1
+        shapes = self.engine.history[-1][1]
+        fits = self.best and self.best["ranks"] == shapes  # a state of other ranks can't be put back into these tensors
+        if math.isfinite(value) and (not fits or sign * value > sign * self.best["value"]):
+            tensors = {k: t.detach().clone() for k, t in self.adaptation.tensors(self.name).items()} if s.keep_best else {}
+            self.best = {"step": self.step, "value": value, "tensors": tensors, "ranks": dict(shapes)}
+        since = [e for e in self.history.evaluations if self.best and e["step"] > self.best["step"]]
+        if s.patience is not None and len(since) >= s.patience:
+            self.history.stopped = "early"
+
+    def _put_back_best(self) -> None:
+        if self.best["ranks"] != self.engine.history[-1][1]:
+            return
+        self.history.best_step = self.best["step"]
+        if self.best["step"] == self.step:
+            return
+        with torch.no_grad():
+            for key, value in self.best["tensors"].items():
+                self.adaptation.store.tensor(key).copy_(value)
+        self.engine.moved = True  # it was us
+
+    # files
+
+    def checkpoint_if_due(self) -> None:
+        """Every so many minutes."""
+        minutes = self.settings.checkpoint_minutes
+        if self.settings.folder is not None and minutes and time.monotonic() - self.saved_at > 60 * minutes:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write the run as it stands after `step` steps."""
+        folder = self.settings.folder
+        assert folder is not None
+        self._clock()
+        if self.accelerator.is_main_process:
+            state = RunState(
+                self.step, self._identity(), self.optimizer.state_dict(), self.engine.state_dict(), self.best, vars(self.history)
+            )
+            save_checkpoint(folder, self.adaptation, state, self.name)
+        self.saved_at = time.monotonic()
+
+    def interrupted(self) -> Interrupted:
+        """The exception for a run that was asked to stop, after saving it."""
+        if self.settings.folder is None:
+            return Interrupted(f"interrupted after step {self.step} of {self.total}; no folder was given, so nothing was saved")
+        self.checkpoint()
+        return Interrupted(
+            f"interrupted after step {self.step} of {self.total}; saved in {self.settings.folder}\n"
+            f"  to go on: the same command with --resume (in Python: LoopSettings(resume=True))"
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run can't change without becoming another: the order of its data and of its draws."""
+        s = self.settings
+        return {
+            "seed": s.seed,
+            "batches": len(self.source),
+            "grad_accum": s.grad_accum,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _check_identity(self, saved: RunState) -> None:
+        here = self._identity()
+        for key, value in saved.identity.items():
+            if here.get(key) != value:
+                raise OptionError(
+                    f"resume: the saved run had {key} = {value}, this one has {here.get(key)}: it would see other data.\n"
+                    f"  use the same settings and data, or start anew without --resume"
+                )
+
+    def _take_over(self, saved: RunState) -> None:
+        state = dict(saved.optimizer)
+        # rates and decay are those of the settings; what else an optimizer keeps in its groups is the run's
+        kept = ("lr", "initial_lr", "weight_decay", "deviation_decay", "params")
+        fresh = self.optimizer.state_dict()["param_groups"]
+        state["param_groups"] = [
+            {**old, **{k: new[k] for k in kept if k in new}} for old, new in zip(state["param_groups"], fresh)
+        ]
+        self.optimizer.load_state_dict(state)
+        self.step, self.best = saved.step, saved.best
+        if not saved.history.keys() <= vars(self.history).keys():
+            raise FileError(
+                f"the saved run's history has unknown parts: {sorted(saved.history.keys() - vars(self.history).keys())}"
+            )
+        self.history = History(**saved.history)
+        self.history.total = self.total
+        self.began -= self.history.seconds
+
+    def _clock(self) -> None:
+        self.history.seconds = time.monotonic() - self.began
+        self.history.peak_memory = max(self.history.peak_memory, peak_memory(self.device))
+
+    def _not_finite(self, what: str, value: float, batch: Any, k: int) -> NumericError:
+        self.optimizer.zero_grad()
+        self._seed(k)
+        place = first_bad_place(self.adaptation, batch, lambda: self.loss(batch, self.model), self.name)
+        text = f"the {what} became {value} at step {self.step + 1} of {self.total}; first in {place}"
+        if self.settings.folder is not None and self.step and not place.startswith("tensor"):
+            self.checkpoint()
+            text += f"\n  the state before that step is saved in {self.settings.folder}"
+        return NumericError(f"{text}\n  often cured by a lower learning rate (now {self.settings.lr:g}), clipping, or float32")
+
+
+def checkpoint_activations(model: nn.Module) -> bool:
+    """Switch on activation checkpointing in the form that needs no gradient at a block's input: frozen bases lose nothing.
+
+    Raises:
+        LayoutError: a model that has no such switch.
+    """
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise LayoutError(f"{type(model).__name__} offers no gradient checkpointing; leave it off, or use memory='recompute'")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return True
+
+
+class _Signals:
+    """Within the block, the first Ctrl-C (or a polite request to end) only notes the wish; the second works as ever."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._back()
+
+    def _back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __exit__(self, *error: object) -> None:
+        self._back()
