@@ -1,1 +1,1 @@
-"""Measured comparisons beside peft. `python -m benchmarks` runs the 256-token cells; `--all` every cell; results are JSON in results/."""
+"""Measured comparisons beside peft. `python -m benchmarks` runs the 256-token cells, `--all` every cell; JSON in results/."""

@@ -49,4 +49,6 @@ def run(results: Results, size: str = "short", only: Sequence[str] = ()) -> None
         row = results.measure(cell.key, lambda cell=cell, rounds=rounds: measure(cell, rounds))
         low, high = row["ratios"]["ours/floor"]["cpu"][1:]
         ours, theirs = (row["ratios"][f"{name}/floor"]["cpu"][0] for name in ("ours", "peft"))
-        print(f"{results.benchmark} {cell.key:42} ours {ours:.3f} [{low:.3f}, {high:.3f}] x floor   peft {theirs:.3f}", flush=True)
+        print(
+            f"{results.benchmark} {cell.key:42} ours {ours:.3f} [{low:.3f}, {high:.3f}] x floor   peft {theirs:.3f}", flush=True
+        )

@@ -1,4 +1,4 @@
-"""Ours read by peft and theirs read by us: the same logits, and for LoRA and DoRA the same gradients. peft itself is the oracle."""
+"""Ours read by peft and theirs read by us: the same logits, for LoRA and DoRA the same gradients. peft itself is the oracle."""
 
 import copy
 import json
@@ -121,36 +121,38 @@ def test_ranks_that_differ_by_site(tmp_path):
     torch.testing.assert_close(logits(both), expected, **CLOSE)
 
 
+COMMON = {"r": 3, "lora_alpha": 5}
 THEIRS = {
-    "lora": (llama, {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5}),
-    "rslora": (llama, {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5, "use_rslora": True}),
-    "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5, "use_dora": True}),
+    "lora": (llama, {"target_modules": ["q_proj", "down_proj"]}),
+    "rslora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "patterns": (
         llama,
-        {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 5, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}},
     ),
     "rslora with patterns": (
-        llama, {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 5, "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "use_rslora": True},
     ),
-    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5}),
-    "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 3, "lora_alpha": 5, "fan_in_fan_out": True}),
-    "conv1d with magnitude": (gpt2, {"target_modules": ["c_attn"], "r": 3, "lora_alpha": 5, "fan_in_fan_out": True, "use_dora": True}),
-    "head": (bert, {"target_modules": ["query", "dense"], "r": 3, "lora_alpha": 5, "modules_to_save": ["classifier"]}),
-    "biases": (bert, {"target_modules": ["query"], "r": 3, "lora_alpha": 5, "bias": "lora_only"}),
-    "untied head": (llama, {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 5, "modules_to_save": ["lm_head"]}),
-    "tied embedding": (lambda: llama(True), {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5}),
-    "tied head": (lambda: llama(True), {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 5, "modules_to_save": ["lm_head"]}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "conv1d with magnitude": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    "head": (bert, {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"]}),
+    "biases": (bert, {"target_modules": ["query"], "bias": "lora_only"}),
+    "untied head": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tied embedding": (lambda: llama(True), {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied head": (lambda: llama(True), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied both": (
         lambda: llama(True),
-        {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 5, "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     ),
-}  # fmt: skip
+}
 
 
 def trained_by_peft(make, settings, folder) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(make(), peft.LoraConfig(**settings)).eval()
+        model = peft.get_peft_model(make(), peft.LoraConfig(**{**COMMON, **settings})).eval()
         move(p for p in model.parameters() if p.requires_grad)
         model.save_pretrained(folder)
     return model

@@ -129,7 +129,7 @@ class Definition:
                 change[rows] = weight * (expr.matmul(token[None])[0] - W[rows] @ token)
                 y = y + change
             rows_out.append(y)
-        y = torch.stack(rows_out).reshape(*x.shape[:-1], W.shape[0]) if rows_out else x.new_zeros(*x.shape[:-1], W.shape[0])
+        y = torch.stack(rows_out).reshape(*x.shape[:-1], W.shape[0]) if rows_out else x @ W.mT
         bias = getattr(module, "bias", None)
         return y if bias is None else y + bias
 

@@ -135,6 +135,19 @@ def test_formulas_cover_the_structures_of_the_first_issue():
         check.that(names >= oracles.FORMULAS.keys(), f"formulas of nobody: {sorted(oracles.FORMULAS.keys() - names)}")
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_whole_tensors_that_belong_to_the_adapter(dtype):
+    """A head that trains whole beside an adapted layer, in the dtype of the model, folded or not."""
+    with Checks(f"law 3, extras, {dtype}") as check:
+        case = tiny("linear", dtype)
+        a = rf.adapt(case.model, small("lora"), targets=["first"], extras=["second"])
+        shake(a)
+        expected = defined(Definition(case, a), case.batch)
+        compare(check, outcome(case, a, case.batch), expected, dtype, "live")
+        a.fold()
+        check.close(case.output().detach(), expected[0], TOLERANCES[dtype].value, "folded: output")
+
+
 SHAPES = {
     "2-D": torch.linspace(-1, 1, 24).view(3, 8),
     "1-D": torch.linspace(-1, 1, 8),

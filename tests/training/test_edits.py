@@ -60,11 +60,12 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "loraplus"])
-@pytest.mark.parametrize("name", EDITS)
+# Another rank of an offset needs its start too: tested apart.
+PAIRS = [(m, e) for m in ("lora", "pissa", "dora", "loraplus") for e in EDITS if (m, e) != ("pissa", "replace")]
+
+
+@pytest.mark.parametrize(("method", "name"), PAIRS)
 def test_optimizer_and_tensors_agree_after_every_edit(method, name):
-    if method == "pissa" and name == "replace":
-        pytest.skip("another rank of an offset needs its start too: tested apart")
     model, handle, optimizer, engine = adapted(method)
     touched = do(handle, optimizer, engine, *EDITS[name](handle))
     assert touched["0"] > 0
@@ -78,7 +79,7 @@ def test_optimizer_and_tensors_agree_after_every_edit(method, name):
 
 @pytest.mark.parametrize("method", ["lora", "pissa"])
 def test_slices_take_moments_along_and_keep_step_and_scale(method):
-    model, handle, optimizer, engine = adapted(method, alpha=8)
+    _model, handle, optimizer, engine = adapted(method, alpha=8)
     slot = handle._get(None).member.slots["0"]
     keep = torch.tensor([0, 3])
     before = {role: tensor(handle, "0", role).detach().clone() for role in keys_by_role(slot)}
@@ -212,7 +213,7 @@ def test_restart_makes_the_next_step_a_first_one():
 
 
 def test_moments_of_another_shape_start_anew():
-    model, handle, optimizer, engine = adapted()
+    _model, handle, optimizer, engine = adapted()
     A = tensor(handle, "0", "A")
     optimizer.state[A]["factored"] = torch.ones(4)
     do(handle, optimizer, engine, Slice("0", torch.tensor([0])))

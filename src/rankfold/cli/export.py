@@ -16,8 +16,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     path: Annotated[Path, typer.Argument(help="Folder of the adapter (rankfold or peft).")],
     to: Annotated[str, typer.Option(help="peft, folded (the whole model) or serving.")],
-    model: Annotated[str, typer.Option(help="The adapter's base: folder, built-in or hub name.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The adapter's base; the one that it was trained on by default.", show_default=False)
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Cut every change to this rank; the error is reported.", show_default=False)
     ] = None,

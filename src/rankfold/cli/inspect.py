@@ -73,7 +73,7 @@ def _show(path: str, found: "Inspection") -> None:
     facts += [("whole", f"{n} {list(shape)}") for n, shape in found.extras.items()]
     if found.labels:
         facts.append(("labels", ", ".join(found.labels)))
-    facts += [("trained", f"{k}: {v}") for k, v in found.trained.items() if not isinstance(v, dict | list)]
+    facts += [("trained", f"{k}: {v}") for k, v in found.trained.items() if v is not None and not isinstance(v, dict | list)]
     facts.append(("base", f"sha256 {found.base[:16]}…" if found.base else "no fingerprint stored"))
     for name, value in facts:
         screen.print(f"{name:<8} {value}", soft_wrap=True)

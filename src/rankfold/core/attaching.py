@@ -263,7 +263,7 @@ def add_extra(store: Store, member: Member, module_name: str, param: str, alone:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     store.put(key, parameter.detach().clone().to(dtype if parameter.is_floating_point() else parameter.dtype), True)
     first = Extra(module_name, param, key, alone)
-    member.extras[first.name] = first
+    member.extras = dict(sorted({**member.extras, first.name: first}.items()))  # an order of its own, for optimizers after a restart
     for path, module in {module_name: modules[module_name]}.items() if alone else modules.items():
         for name, value in module._parameters.items():
             if value is parameter:

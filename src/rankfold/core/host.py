@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import LayoutError
-from rankfold.linalg import Operator, Scaled, Sum, difference
+from rankfold.linalg import Operator, Scaled, Sum, difference, like
 
 from .base import base_of
 from .planner import Program, run
@@ -50,7 +50,7 @@ class Host:
             self.calls += 1
         if not store.enabled or not store.active:
             return native(module, *args, **kwargs)
-        with swapped(module, self._own(store)) if self.extras else nullcontext():
+        with swapped(module, self._own(module, store)) if self.extras and not store.is_folded else nullcontext():
             on = self._on()
             if on:
                 y = self._changed(module, on, args[0] if args else next(iter(kwargs.values())))
@@ -67,8 +67,10 @@ class Host:
         changed = slot.structure.forward(h, slot.t(self.store), slot.site, Context(module.training))
         return changed if isinstance(weight, float | int) and weight == 1.0 else h + weight * (changed - h)
 
-    def _own(self, store: Store) -> dict[str, Tensor]:
-        return {extra.param: store.tensor(extra.key) for name, extra in self.extras if name in store.active}
+    def _own(self, module: nn.Module, store: Store) -> dict[str, Tensor]:
+        """The adapter's own parameters in the dtype of those that they stand for: the masters are float32, the module may be bf16."""
+        on = [extra for name, extra in self.extras if name in store.active]
+        return {e.param: like(store.tensor(e.key), module._parameters[e.param]) for e in on}  # type: ignore[arg-type]
 
     def _on(self) -> list[list[Slot]]:
         """Slots of the adapters that are on, by site."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from rankfold.adapters.formats.peft import read_peft
 from rankfold.adapters.native import load_native
-from rankfold.errors import FileError, RankfoldError, nearest
+from rankfold.errors import FileError, OptionError, RankfoldError, nearest
 
 from .exchange import folder_format
 from .models import load_model
@@ -18,20 +18,22 @@ __all__ = ["base_for"]
 TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "lm", "FEATURE_EXTRACTION": "embed"}
 
 
-def base_for(adapter: str | Path, model: str | Path, task: str | None = None) -> nn.Module:
+def base_for(adapter: str | Path, model: str | Path | None = None, task: str | None = None) -> nn.Module:
     """The model `model` in the form whose modules the adapter names.
 
     Args:
+        model: folder, built-in or hub name; None takes the one that the adapter was trained on, by its name there.
         task: embed, classify, lm or sft; None takes what the adapter says, else the first form that fits.
 
     Raises:
-        FileError: no form of the model has the adapter's sites. Whatever `load_model` raises.
+        FileError: no form of the model has the adapter's sites. OptionError: no model is named. Whatever `load_model` raises.
     """
     labels: tuple[str, ...] | None = None
     if folder_format(adapter) == "peft":
         read = read_peft(adapter)
         names = {e.name for e in read.entries.values()} | {n.rpartition(".")[0] for n in read.extras}
-        said = TASKS.get(read.metadata.get("task_type") or "")
+        said, told = TASKS.get(read.metadata.get("task_type") or ""), read.metadata.get("base_model")
+        tokenizer = None
         heads = [
             t
             for n, t in read.extras.items()
@@ -42,13 +44,17 @@ def base_for(adapter: str | Path, model: str | Path, task: str | None = None) ->
         record = load_native(adapter)
         names = {s.name for s in record.sites} | {n.rpartition(".")[0] for n in record.extras}
         labels = record.labels
-        said = record.trained.get("task") or ("classify" if labels else None)
+        said, told = record.trained.get("task") or ("classify" if labels else None), record.trained.get("model")
+        tokenizer = record.trained.get("tokenizer")
+    model = model or told
+    if model is None:
+        raise OptionError(f"{adapter}: does not say which model it is for; name it: --model M")
     guess = ["classify", "embed", "lm"] if labels else ["embed", "lm"]
     forms: list[str] = [form] if (form := task or said) else guess
     missing, problems = "", []
     for form in forms:
         try:
-            loaded = load_model(model, form, labels=labels if form == "classify" else None).model
+            loaded = load_model(model, form, labels=labels if form == "classify" else None, tokenizer=tokenizer).model
         except RankfoldError as error:
             if len(forms) == 1:
                 raise

@@ -262,8 +262,11 @@ def export(
         adapter = Adapter(adapter.entries, _whole_modules(model, adapter, alone), adapter.metadata)
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         if to == "peft":
-            notes = peft.write_peft(out, adapter, base_model)
-            return ExportReport(to, out, errors, adapter.ranks, (*ties, *notes))
+            peft.write_peft(out, adapter, base_model)
+            still = (f"{k}: no change, left out" for k, e in adapter.entries.items() if not e.rank and e.additive)
+            labels = adaptation.attached[name].labels
+            names = (f"names of labels have no place in this format: {', '.join(labels)}",) if labels else ()
+            return ExportReport(to, out, errors, adapter.ranks, (*ties, *still, *names))
         report = serving.write_serving(out, adapter, dtype or torch.bfloat16, rank, base_model)
         left = (f"left out, engines take no whole modules: {', '.join(report.left_out)}",) if report.left_out else ()
         return ExportReport(to, out, _both(errors, report.errors), dict.fromkeys(report.errors, report.rank), (*ties, *left))

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from rankfold.adapters.files import atomic_folder, read_json, write_json, write_tensors
 from rankfold.core.host import fold_weight, site_program
+from rankfold.linalg import difference
+
+from .models import quiet_loading
 
 if TYPE_CHECKING:
     from rankfold.training.adaptation import Adaptation
@@ -47,22 +50,25 @@ def write_folded(adaptation: Adaptation, name: str, out: str | Path, dtype: torc
     return errors
 
 
+@torch.no_grad()
 def _rounding(adaptation: Adaptation, name: str, dtype: torch.dtype | None) -> dict[str, float]:
     errors = {}
     for slot in adaptation.slots(name):
         if slot.base is None:
             continue  # fold refuses it, by name
-        exact = fold_weight(site_program(adaptation.store, [slot], training=False))
-        change = float((exact - slot.base.dense()).norm())
-        stored = exact.to(slot.base.dtype).to(dtype or slot.base.dtype)
-        errors[slot.site.key] = float((stored.to(exact.dtype) - exact).norm()) / change if change else 0.0
+        program = site_program(adaptation.store, [slot], training=False)
+        stored = fold_weight(program).to(slot.base.dtype).to(dtype or slot.base.dtype).double()
+        change = difference(program.expression(), slot.base).dense().double()
+        size = float(change.norm())
+        errors[slot.site.key] = float((stored - slot.base.dense().double() - change).norm()) / size if size else 0.0
     return errors
 
 
 def _save_pretrained(
     model: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, labels: tuple[str, ...] | None
 ) -> None:
-    model.save_pretrained(folder, state_dict=state)
+    with quiet_loading():
+        model.save_pretrained(folder, state_dict=state)
     config = read_json(folder / "config.json")
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")

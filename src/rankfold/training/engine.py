@@ -188,6 +188,9 @@ class Engine:
                 f"rank policy {self.policy.name!r} was never asked in {self.step} steps; train with adaptation.optimizer"
             )
 
+    def _device(self, key: str) -> torch.device:
+        return self.store.tensor(next(iter(self.member.slots[key].binding.values()))[0]).device
+
     def _trains(self, key: str) -> bool:
         return any(self.store.tensor(name).requires_grad for name, _ in self.member.slots[key].binding.values())
 
@@ -225,9 +228,9 @@ class Engine:
             kind, _, rest = name.partition("/")
             site, _, leaf = rest.rpartition("/")
             if kind == "pace":
-                paces[rest] = tensor.clone()
+                paces[rest] = tensor.to(self.store.tensor(rest).device, copy=True)
             elif site in state:
-                state[site][leaf] = tensor.clone()
+                state[site][leaf] = tensor.to(self._device(site), copy=True)
             else:
                 raise FileError(f"the saved run holds {name!r}, but this adapter has no such site")
         self.state, self.paces, self.history = state, paces, history

@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 
 from rankfold.core import PLANS, Context, Offset, fold
 from rankfold.errors import LayoutError, OptionError
+from rankfold.linalg.dropout import Dropout as Mask
 from rankfold.methods.structures.dropout import Dropout
 from rankfold.methods.structures.hra import HRA
 from rankfold.methods.structures.kron import Kron
@@ -107,9 +108,10 @@ def test_start_is_the_base_and_p_zero_draws_nothing():
     for p in (0.0, 0.4):
         model, _ = attached(Dropout(p=p, inner=LoRA(rank=3)))
         assert torch.equal(model(inputs()), tiny()(inputs()))
-    slot = slots(attached(Dropout(p=0.0, inner=LoRA(rank=3)))[1])[0]
-    t = slot.t(attached(Dropout(p=0.0, inner=LoRA(rank=3)))[1])
-    assert "Dropout" not in repr([type(c).__name__ for c in slot.weight(t, Context(training=True, seed=1)).children()])
+    for p, training, drops in ((0.4, True, True), (0.4, False, False), (0.0, True, False)):
+        _, store = attached(Dropout(p=p, inner=LoRA(rank=3)))
+        expr = slots(store)[0].weight(tensors(store)[0], Context(training=training, seed=1))
+        assert any(isinstance(getattr(term, "right", None), Mask) for term in expr.children()) == drops
     with pytest.raises(OptionError, match="less than 1"):
         Dropout(p=1.0, inner=LoRA())
 

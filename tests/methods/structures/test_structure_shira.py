@@ -17,6 +17,8 @@ def scattered(W, t):
 def test_is_w_plus_values_at_their_places(structure):
     check_definition(structure, scattered, runs=("structured", "effective", "plain"))
     check_start(structure)
+    for t in tensors(attached(structure)[1]):
+        assert (t.index.diff() > 0).all()  # the order in which files and peft keep the values
 
 
 def test_everything_outside_the_index_is_bitwise_w():

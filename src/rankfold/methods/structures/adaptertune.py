@@ -31,13 +31,13 @@ class AdapterTune(SideModule):
     Args:
         rank: width of the bottleneck.
         alpha: factor of the branch.
-        every: after each `every`-th block, counted from the first: 2 takes the second, fourth, ...
+        every: after the blocks whose number, from 0, it divides: 2 takes the first, third, ...
 
     Cost per block: 2·rank·width + rank + width parameters, 4·rank·width FLOPs per token.
 
     >>> blocks = [Site(f"layers.{k}", (8, 8), "block") for k in range(5)]
     >>> [site.name for site in AdapterTune(every=2).places(blocks)]
-    ['layers.1', 'layers.3']
+    ['layers.0', 'layers.2', 'layers.4']
     """
 
     rank: Annotated[int, Ge(1)] = 16
@@ -45,7 +45,7 @@ class AdapterTune(SideModule):
     every: Annotated[int, Ge(1)] = 1
 
     def places(self, blocks: Sequence[Site]) -> list[Site]:
-        return list(blocks)[self.every - 1 :: self.every]
+        return list(blocks)[:: self.every]
 
     def tensors(self, site: Site) -> dict[str, Spec]:
         width = site.shape[0]

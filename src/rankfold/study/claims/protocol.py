@@ -35,7 +35,7 @@ RUNS = 10
 LEVEL = 0.95
 
 FIRST_FRESH_SEED = 1000
-"""Seeds below were used by whoever wrote the specifications, by tuning and by development; a claim is tested on seeds from here on."""
+"""Seeds below were used by the specifications, by tuning and by development; a claim is tested on seeds from here on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Check:
     Args:
         name: short, in [a-z0-9-].
         says: the sentence.
-        value: the number, from what the arms measured at one seed: {arm: {metric: value}}. Differences and ratios of two arms are formed
-            here, within the seed, so that the seeds pair.
+        value: the number, from what the arms measured at one seed: {arm: {metric: value}}. Differences and ratios of two arms are
+            formed here, within the seed, so that the seeds pair.
         direction: the side of the margin on which the number is claimed to be.
         margin: in the unit of the number.
         kind: "identity" (algebra: one run), "learning" (training) or "cost" (seconds and bytes of this machine).
@@ -129,7 +129,9 @@ class Claim:
         demand(not shared, f"seeds {shared} are both tuned on and tested")
         strangers = sorted({*self.tuned, *self.once} - set(self.arms))
         demand(not strangers, f"no arm is called {', '.join(strangers)}; there are {', '.join(self.arms)}")
-        demand(set(self.toy) <= set(self.budget), f"toy settings {sorted(set(self.toy) - set(self.budget))} are not in the budget")
+        demand(
+            set(self.toy) <= set(self.budget), f"toy settings {sorted(set(self.toy) - set(self.budget))} are not in the budget"
+        )
         demand(
             not self.tuned or bool(len(self.grid) > 1 and self.tuning_seeds and self.tune_by),
             "an arm is tuned: give a grid of at least two rates, tuning_seeds and tune_by",

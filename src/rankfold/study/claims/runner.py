@@ -1,4 +1,4 @@
-"""Runs a claim as it was stated: rates on the tuning seeds, then the fresh seeds, each run written down before the next begins."""
+"""Runs a claim as it was stated: rates on the tuning seeds, then the fresh seeds; each run is written down before the next."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from rankfold.linalg.random import Random
 __all__ = ["CharacterModel", "tune"]
 
 SYMBOLS = "\n" + "".join(map(chr, range(32, 127)))
-WIDTH, HEADS, DEPTH, LENGTH, ROWS = 128, 4, 2, 64, 16
+WIDTH, HEADS, DEPTH, LENGTH, ROWS = 128, 4, 2, 64, 8
 
 
 class Block(nn.Module):
@@ -63,7 +63,7 @@ def tune(seed: int, method: str, lr: float, *, steps: int, pretraining: int, siz
     _, code, test = _texts(size)
     model = CharacterModel()
     model.load_state_dict(_pretrained(seed, pretraining, size))
-    unseen = _rows(test, Random(seed, "claims", "test"), 8 * ROWS)
+    unseen = _rows(test, Random(seed, "claims", "test"), 16 * ROWS)
     before = _loss(model, unseen)
     first = [_rows(code, Random(seed, "claims", "seen"), ROWS)]
     adaptation = rf.adapt(model, method, targets="blocks.*", seed=seed, batches=first, loss=lambda m, b: m(b), **options)

@@ -23,7 +23,8 @@ RANK, SIZE = 4, 0.25
 class Task:
     """The frozen network, rows to train and test on, and the teacher's answers to them."""
 
-    model: nn.Sequential
+    model: nn.Module
+    layers: tuple[nn.Linear, nn.Linear]
     x: Tensor
     y: Tensor
     test_x: Tensor
@@ -36,22 +37,22 @@ def make_task(seed: int, *, decay: float, rows: int = 1024) -> Task:
     Each weight of the teacher differs by a random matrix of rank 4, a quarter as long as the weight itself.
     """
     random = Random(seed, "claims", "teacher")
-    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUT))
-    teacher = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUT))
+    layers, changed = ((nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)) for _ in range(2))
+    model, teacher = (nn.Sequential(first, nn.ReLU(), second) for first, second in (layers, changed))
     with torch.no_grad():
-        for k in (0, 2):
-            out, in_ = model[k].weight.shape
+        for k, (layer, new) in enumerate(zip(layers, changed)):
+            out, in_ = layer.weight.shape
             W = random.child("weight", k).normal((out, in_)) * math.sqrt(2 / in_)
             shift = random.child("left", k).normal((out, RANK)) @ random.child("right", k).normal((RANK, in_))
-            model[k].weight.copy_(W)
-            teacher[k].weight.copy_(W + shift * (SIZE * W.norm() / shift.norm()))
-            model[k].bias.zero_()
-            teacher[k].bias.zero_()
+            layer.weight.copy_(W)
+            new.weight.copy_(W + shift * (SIZE * W.norm() / shift.norm()))
+            layer.bias.zero_()
+            new.bias.zero_()
         spread = torch.arange(1, IN + 1) ** -decay
         axes = random.child("axes").haar(IN, IN) * (spread / spread.square().mean().sqrt())
         x = random.child("x").normal((2 * rows, IN)) @ axes.mT
         y = teacher(x)
-    return Task(model, x[:rows], y[:rows], x[rows:], y[rows:])
+    return Task(model, layers, x[:rows], y[:rows], x[rows:], y[rows:])
 
 
 def tune(task: Task, method: str, seed: int, lr: float, steps: int, **options: Any) -> float:

@@ -1,0 +1,62 @@
+"""The figures to reach, by benchmark and cell, and why one that is missed is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Reach", "reach_of", "why"]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Upper bounds: `now` at this stage, `later` the aim, `over_peft` as a share of peft's time."""
+
+    now: float
+    later: float
+    over_peft: float | None = None
+
+    def __str__(self) -> str:
+        text = f"≤ {self.now:g}" + (f" (aim {self.later:g})" if self.later != self.now else "")
+        return text + (f", ≤ {self.over_peft:g} × peft" if self.over_peft else "")
+
+    def met(self, ratio: float, over_peft: float | None = None) -> bool:
+        return ratio <= self.now and (self.over_peft is None or over_peft is None or over_peft <= self.over_peft)
+
+
+STEP = {
+    ("lora", "float32"): Reach(1.12, 1.10),
+    ("lora", "bfloat16"): Reach(1.16, 1.15, 0.92),
+    ("dora", "float32"): Reach(1.22, 1.18),
+    ("dora", "bfloat16"): Reach(1.30, 1.26),
+}
+STEP_DROPOUT = {"lora": Reach(1.15, 1.15)}
+KEPT = {("lora", False): Reach(1.22, 1.22), ("lora", True): Reach(1.22, 1.22), ("dora", False): Reach(1.40, 1.40)}
+
+
+def reach_of(benchmark: str, cell: Mapping[str, Any]) -> Reach | None:
+    """The figure of a cell, or None where none is set.
+
+    >>> str(reach_of("B1", {"method": "lora", "dtype": "float32", "dropout": 0.0}))
+    '≤ 1.12 (aim 1.1)'
+    """
+    method, dtype, dropped = cell["method"], cell["dtype"], bool(cell["dropout"])
+    if benchmark == "B4":
+        return KEPT.get((method, dropped)) if dtype == "bfloat16" else None
+    return STEP_DROPOUT.get(method) if dropped else STEP[method, dtype]
+
+
+def why(benchmark: str, cell: Mapping[str, Any]) -> str:
+    """What the profile says of a figure that is missed."""
+    if cell["dropout"] and cell["method"] == "dora":
+        return "W meets x and the dropped x, as in peft: twice the products of the floor"
+    if cell["dropout"]:
+        return "drawing the masks, once forward and once backward, costs more than the low-rank products"
+    if benchmark == "B4":
+        return "x of every site, which the floor does not keep" + ("; y of every site" if cell["method"] == "dora" else "")
+    if cell["model"] == "minilm":
+        return "hidden 384: products are small, so the fixed price of calls weighs more"
+    if cell["dtype"] == "bfloat16":
+        return "a bf16 product takes a quarter of the time, elementwise passes and skinny products do not"
+    return ""
