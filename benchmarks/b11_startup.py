@@ -1,4 +1,4 @@
-"""B11: seconds and modules until the first answer, each command in a process of its own; the floor is Python that does nothing."""
+"""B11: seconds and modules until the first answer, each command in its own process; the floor is Python that does nothing."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def measure(code: str, repeats: int) -> dict[str, Any]:
         RuntimeError: the command failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-c", f"{code}\n{COUNT}"]
     wall, cpu, said = [], [], ""
     for _ in range(repeats + 1):
         before, start = os.times(), time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code + "\n" + COUNT], capture_output=True, text=True, env=environment, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         wall.append(time.perf_counter() - start)
         after = os.times()
         cpu.append(after.children_user + after.children_system - before.children_user - before.children_system)

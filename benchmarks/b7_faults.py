@@ -69,7 +69,7 @@ def pissa_leaves_the_base() -> Fault:
     with adaptation.disabled():
         mine_disabled = relative(logits(ours), before)
     return {
-        "what": "a PiSSA adapter attached beside a plain one: change of the plain one's output (disabled: distance from the base)",
+        "what": "a PiSSA adapter attached beside a plain one: change of the plain one's output, and of the base's (disabled)",
         "peft": other, "ours": mine, "peft disabled": disabled, "ours disabled": mine_disabled,
     }  # fmt: skip
 

@@ -38,7 +38,7 @@ FOLDS = 10
 
 
 def chains() -> Iterator[tuple[str, str | None]]:
-    """(method, reason): every structure, and every decorator over the default one, with every init; `reason` where they refuse."""
+    """(method, reason): every structure, and every decorator over the default one, with every init; the reason of a refusal."""
     known = registry.entries("structure")
     default = next(e.name for e in known if dict(e.traits).get("default") == "True")
     for entry in known:
@@ -176,6 +176,8 @@ def run(results: Results, size: str = "short", only: Sequence[str] = ()) -> None
         if not only or name in only:
             row = results.measure(name, fault)
             print(f"B7 {name:4} peft {row['peft']:.3g}   ours {row['ours']:.3g}   {row['what']}", flush=True)
+    if not only and size != "toy":
+        results.forget_all_but({*FAULTS, *(text for text, _ in chains())})
     every = [(text, reason) for text, reason in chains() if not only or any(part in text for part in only)]
     if size == "toy":
         every = [pair for pair in every if pair[0] in ("lora+init:kaiming", "magnitude+lora+init:kaiming", "lora+init:pissa")]

@@ -1,4 +1,4 @@
-"""The micro-benchmark behind rankfold/core/costs.py: `python -m benchmarks.calibrate` prints what is measured beside what is in use.
+"""The micro-benchmark behind rankfold/core/costs.py: prints the planner's constants as measured beside those in use.
 
 The unit is the time of one FLOP in a large product (x Wᵀ, 256 tokens, 512 x 512), on one thread.
 """
@@ -34,7 +34,7 @@ def _seconds(f: Callable[[], object], repeats: int) -> float:
 def measure(tokens: int = 256, size: int = 512, ranks: Sequence[int] = (8, 16, 32), repeats: int = 200) -> dict[str, float]:
     """SKINNY, BUILD, ELEMENT and CALL as ratios to a FLOP of the large product; the first two as geometric means over ranks.
 
-    SKINNY and CALL are read off a whole term, x Aᵀ Bᵀ with its backward pass, at full size and at a size where nothing is computed.
+    SKINNY and CALL are read off a whole term, x Aᵀ Bᵀ and its backward pass: at full size, and at a size that costs nothing.
     """
     torch.manual_seed(0)
     x, W = torch.randn(tokens, size), torch.randn(size, size)

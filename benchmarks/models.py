@@ -15,7 +15,7 @@ def llama(layers: int = 4, hidden: int = 512, mlp: int = 1408, vocab: int = 4096
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=4096, attn_implementation="sdpa", use_cache=False, pad_token_id=None, bos_token_id=0, eos_token_id=1,
+        max_position_embeddings=4096, attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).train()
 

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from results/*.json: every figure with its floor, interval and conditions, and whether it is reached."""
+"""Writes docs/benchmarks.md from results/*.json: every figure with floor, interval, conditions, and whether it is reached."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 INTRO = """# Benchmarks
 
-Written by `python -m benchmarks`; do not edit. One process, one thread, the same seeds, inputs, base weights and adapter tensors for
-both; competitors interleaved A B C C B A after two warm-ups; each figure is the median of the rounds' paired ratios, with the 95 %
-bootstrap interval of that median. The **floor** is forward and input-gradient backward of the frozen model: what the hardware must do
-anyway. A cell fails unless ours and peft give the same output and gradients. The version of every tensor moves between steps, as an
-optimizer would move it, so that nothing computed from a tensor is carried over. `make bench` measures the 256-token cells,
-`make bench-all` all of them.
+Written by `python -m benchmarks`; do not edit. One process, one thread, the same seeds, inputs, base weights and adapter tensors
+for both; competitors interleaved A B C C B A after two warm-ups; each figure is the median of the rounds' paired ratios, with the
+95 % bootstrap interval of that median. The **floor** is forward and input-gradient backward of the frozen model: what a machine
+must do anyway. A cell fails unless ours and peft give the same output and gradients. The version of every tensor moves between
+steps, as an optimizer would move it, so that nothing computed from a tensor is carried over. `make bench` measures the 256-token
+cells, `make bench-all` all of them.
 """
-STEP_INTRO = "All linear layers; Llama: 4 layers of 512, MLP 1408, rank 16; MiniLM-L6: 6 layers of 384, rank 8. CPU time; wall time beside it."
+STEP_INTRO = "All linear layers; Llama: 4 layers of 512, MLP 1408, rank 16; MiniLM-L6: 6 layers of 384, rank 8."
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
@@ -65,7 +65,7 @@ def steps(benchmark: str, cells: Cells) -> str:
             )  # fmt: skip
 
     head = ("cell", "floor", "ours / floor", "wall", "peft / floor", "ours / peft", "reach")
-    return STEP_INTRO + "\n\n" + table(head, rows())
+    return STEP_INTRO + " CPU time; wall time beside it.\n\n" + table(head, rows())
 
 
 def kept(cells: Cells) -> str:
@@ -78,7 +78,10 @@ def kept(cells: Cells) -> str:
             )  # fmt: skip
 
     head = ("cell", "floor keeps", "ours / floor", "peft / floor", "peak: ours", "peak: peft", "reach")
-    text = "Bytes that autograd keeps from forward to backward, each storage once, parameters and input left out; peak of live tensors in a step."
+    text = (
+        "Bytes that autograd keeps from forward to backward, each storage once, parameters and input left out; "
+        "peak of the bytes of live tensors in a step, over the floor's."
+    )
     return text + "\n\n" + table(head, rows())
 
 
@@ -119,8 +122,8 @@ def fidelity(cells: Cells) -> str:
     refused = [f"- `{name}`: {row['refused']}" for name, row in cells.items() if "refused" in row]
     legend = "\n".join(f"- **{check}**: {meaning}" for check, meaning in CHECKS.items())
     text = (
-        "Largest relative error of the logits of a small Llama; 0 means bitwise. Reach: 0 for start, disabled and fold, at most 1e-6 "
-        f'elsewhere. "refused" is an error that says why.\n\n{legend}\n\n'
+        "Largest relative error of the logits of a small Llama; 0 means bitwise. Reach: 0 for start, disabled and fold, "
+        f'at most 1e-6 elsewhere. "refused" is an error that says why.\n\n{legend}\n\n'
     )
     refusals = "\n\nPairs that refuse each other:\n\n" + "\n".join(refused) if refused else ""
     return text + table(("method", *CHECKS, "reach"), rows()) + refusals
@@ -132,10 +135,9 @@ def startup(cells: Cells) -> str:
             ours = "rankfold" in name
             met = row["wall"] <= 0.5 and not row["heavy"]
             reach = f"≤ 0.5 s, no torch: {'met' if met else 'missed'}" if ours else ""
-            floor = cells["python"]["wall"] if "python" in cells else float("nan")
-            yield (
-                f"`{name}`", f"{row['wall']:.3f} s", f"{row['wall'] - floor:.3f} s", str(row["modules"]), ", ".join(row["heavy"]), reach,
-            )  # fmt: skip
+            floor = cells["python"]["wall"] if "python" in cells else row["wall"]
+            seconds = (f"{row['wall']:.3f} s", f"{row['wall'] - floor:.3f} s")
+            yield (f"`{name}`", *seconds, str(row["modules"]), ", ".join(row["heavy"]), reach)
 
     head = ("command", "seconds", "above Python alone", "modules", "heavy ones", "reach")
     return "Median wall time of a whole process.\n\n" + table(head, rows())
@@ -159,9 +161,8 @@ def _conditions(cells: Cells) -> str:
             f"transformers {c['transformers']} · {c['date']} · source {c['source']}"
         )
         seen.setdefault(text, []).append(c["load"])
-    return "\n".join(
-        f"<small>{text} · load of the machine {min(loads):.1f} to {max(loads):.1f}</small>\n" for text, loads in seen.items()
-    )
+    lines = (f"<small>{text} · load {min(loads):.1f} to {max(loads):.1f}</small>\n" for text, loads in seen.items())
+    return "\n".join(lines)
 
 
 SECTIONS = {

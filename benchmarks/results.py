@@ -63,6 +63,10 @@ class Results:
         now = {**conditions(), "source": source_hash()}
         return all(before.get(k) == v for k, v in now.items() if k not in varying)
 
+    def forget_all_but(self, keys: set[str]) -> None:
+        """Drop cells of methods that are no longer there."""
+        self.cells = {k: v for k, v in self.cells.items() if k in keys}
+
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".partial")

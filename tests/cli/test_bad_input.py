@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rankfold as rf
 from rankfold.cli import failures
@@ -74,14 +75,12 @@ def test_no_command_shows_the_help(command):
 
 def damage(folder: Path, how: str) -> None:
     tensors, record = folder / "adapter.safetensors", folder / "adapter.json"
+    named = load_file(tensors)
     if how == "truncated":
         tensors.write_bytes(tensors.read_bytes()[:-100])
     elif how == "oversized header":
         tensors.write_bytes((2**62).to_bytes(8, "little") + tensors.read_bytes()[8:])
     elif how == "NaN":
-        from safetensors.torch import load_file, save_file
-
-        named = load_file(tensors)
         next(iter(named.values())).view(-1)[0] = float("nan")
         save_file(named, tensors)
     elif how == "no JSON":
@@ -95,7 +94,9 @@ def damage(folder: Path, how: str) -> None:
     elif how == "no tensors":
         tensors.unlink()
     elif how == "path in a name":
-        record.write_text(record.read_text().replace("model.layers.0.self_attn.q_proj", "../../etc/passwd"))
+        q, path = "model.layers.0.self_attn.q_proj", "../../etc/passwd"
+        save_file({name.replace(q, path): t for name, t in named.items()}, tensors)
+        record.write_text(record.read_text().replace(q, path))
     elif how == "pickle":
         tensors.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n")
     elif how == "unknown method":
@@ -107,9 +108,10 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("truncated", "truncated"), ("oversized header", "header"), ("NaN", "NaN"), ("no JSON", "JSON"), ("unknown field", "evil"),
-        ("missing field", "method"), ("newer", "schema|version|newer"), ("no tensors", "adapter.safetensors"), ("path in a name", "passwd"),
-        ("pickle", "pickle"), ("unknown method", "lorra"), ("wrong shape", "rank|shape|want"),
+        ("truncated", "truncated"), ("oversized header", "header"), ("NaN", "NaN"), ("no JSON", "JSON"),
+        ("unknown field", "evil"),
+        ("missing field", "method"), ("newer", "schema|version|newer"), ("no tensors", "adapter.safetensors"),
+        ("path in a name", "passwd"), ("pickle", "pickle"), ("unknown method", "lorra"), ("wrong shape", "rank|shape|want"),
     ],
 )  # fmt: skip
 def test_a_damaged_adapter(command, adapter, tmp_path, how, said):
@@ -135,7 +137,11 @@ def test_an_adapter_for_another_base(command, adapter, tmp_path):
         model.model.layers[0].self_attn.q_proj.weight.mul_(2)
     model.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "tokenizer_config.json").write_text("{}")
-    refused(command("export", adapter, "--to", "peft", "--model", tmp_path / "other", "--out", tmp_path / "out"), "another base", "--force")
+    refused(
+        command("export", adapter, "--to", "peft", "--model", tmp_path / "other", "--out", tmp_path / "out"),
+        "another base",
+        "--force",
+    )
     assert command("export", adapter, "--to", "peft", "--model", tmp_path / "other", "--out", tmp_path / "out", "--force")[0] == 0
 
 
@@ -184,8 +190,10 @@ class Stop(RankfoldError):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (Stop("no"), 2), (BudgetError("no"), 2), (InactiveError("no"), 3), (NumericError("no"), 4), (KeyboardInterrupt(), 130),
-        (FileNotFoundError(2, "No such file", "x.csv"), 2), (PermissionError(13, "Permission denied", "x.csv"), 2), (KeyError("x"), 1),
+        (Stop("no"), 2), (BudgetError("no"), 2), (InactiveError("no"), 3), (NumericError("no"), 4),
+        (KeyboardInterrupt(), 130), (KeyboardInterrupt("saved; go on with --resume"), 130),
+        (FileNotFoundError(2, "No such file", "x.csv"), 2), (PermissionError(13, "Permission denied", "x.csv"), 2),
+        (KeyError("x"), 1),
         (OSError("odd"), 1),
     ],
     ids=lambda e: type(e).__name__ if isinstance(e, BaseException) else str(e),
@@ -196,6 +204,7 @@ def test_each_kind_of_failure_has_its_exit_code(command, monkeypatch, error, cod
 
     monkeypatch.setattr("rankfold.cli.methods._list", fail)
     got, _, err = command("methods")
+    assert str(error.args[0] if len(error.args) == 1 else "") in err
     assert got == code
     assert "Traceback" not in err
     assert ("--debug" in err) == (code == 1)

@@ -24,7 +24,9 @@ def test_a_command_that_only_tells_imports_nothing_heavy(arguments):
     assert imported_by(f"from rankfold.cli.entry import run; assert run({arguments!r}) == 0") == set()
 
 
-@pytest.mark.parametrize("name", ["rankfold", "rankfold.core.registry", "rankfold.methods.catalogue", "rankfold.jobs.adapt.settings"])
+@pytest.mark.parametrize(
+    "name", ["rankfold", "rankfold.core.registry", "rankfold.methods.catalogue", "rankfold.jobs.adapt.settings"]
+)
 def test_a_module_that_only_lists_imports_nothing_heavy(name):
     assert imported_by(f"import {name}") == set()
 

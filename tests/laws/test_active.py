@@ -131,10 +131,13 @@ def check_fast_path():
         with torch.no_grad():
             base = model(x)
             a = rf.adapt(model, small("lora"), targets=FEED_FORWARD)
-            check.close(model(x), base, 1e-5, "output at the start")
+            try:
+                check.close(model(x), base, 1e-5, "output at the start")
+            except InactiveError as error:
+                check.that(False, f"not repaired, but noticed: {error}")
             shake(a)
-            check.that(not torch.allclose(model(x), base, atol=1e-3), "in eval mode the adapter does not act")
             fast = model(x)
+            check.that(not torch.allclose(fast, base, atol=1e-3), "in eval mode the adapter does not act")
         check.close(model(x).detach(), fast, 1e-5, "with and without gradients")
 
 
@@ -211,7 +214,8 @@ def leaves_the_fast_path(monkeypatch):
 
 
 def sees_no_gradient(monkeypatch):
-    monkeypatch.setattr(probing, "_without_gradient", lambda *a: [])
+    native = probing._without_gradient
+    monkeypatch.setattr(probing, "_without_gradient", lambda *a: native(*a)[:0])
 
 
 def skips_its_step(monkeypatch):
@@ -259,7 +263,8 @@ def test_the_law_rejects(mutant, law, monkeypatch):
         law()
 
 
-@pytest.mark.parametrize("method", subjects())
+# an init that looks at inputs misses the site before the probe does
+@pytest.mark.parametrize("method", [s for s in subjects() if "activations" not in small(s).init.needs])
 def test_the_law_rejects_a_bypass_unseen_under_every_method(method, monkeypatch):
     counts_nothing(monkeypatch)
     with pytest.raises(AssertionError, match="law 6"):

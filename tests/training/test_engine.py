@@ -189,6 +189,17 @@ def test_resume_is_exact(at):
     assert all(torch.equal(resumed["engine"]["tensors"][k], v) for k, v in whole["engine"]["tensors"].items())
 
 
+def test_a_resumed_engine_knows_which_points_it_has_passed():
+    _, handle = small()
+    first = engine_of(handle, policy_at("before_forward"))
+    first.run("before_forward", 8, 20)
+    second = engine_of(handle, policy_at("before_forward"))
+    second.load_state_dict(first.state_dict())
+    assert second.run("before_forward", 8, 20) == []
+    assert second.run("before_forward", 9, 20) != []
+    assert second.state["0"]["seen"].tolist() == [8, 9]
+
+
 def test_the_state_is_json_and_tensors():
     import json
 

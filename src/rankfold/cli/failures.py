@@ -24,7 +24,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, typer.Exit):
         return "", error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "stopped", STOPPED
+        return str(error) or "stopped", STOPPED
     if isinstance(error, RankfoldError):
         return f"error: {error}", error.exit_code
     if isinstance(error, UsageError):

@@ -36,9 +36,8 @@ def find_blocks(model: nn.Module, targets: Targets) -> list[Site]:
         raise TargetError(f"{type(model).__name__} has no list of equal blocks beside which a side module could stand")
     _, name, blocks = max(lists, key=lambda item: item[0])
     sites = [Site(f"{name}.{k}" if name else str(k), (w := _width(model, b), w), "block") for k, b in enumerate(blocks)]
-    if targets.automatic:
-        return sites
-    chosen = [s for s in sites if any(targets.matches(p, s.name) for p in targets.patterns)]
+    wanted = sites if targets.automatic else [s for s in sites if any(targets.matches(p, s.name) for p in targets.patterns)]
+    chosen = [s for s in wanted if not any(targets.matches(p, s.name) for p in targets.exclude)]
     if not chosen:
         raise TargetError(f"targets: {', '.join(targets.patterns)} names none of the {len(sites)} blocks {sites[0].name} ... {sites[-1].name}")
     return chosen

@@ -132,6 +132,7 @@ class Adaptation:
                 found[stored] = Trainable(
                     stored, param, spec.role, key if spec.scope == "site" else None, slot.structure.scale,  # type: ignore[arg-type]
                     self.store.tensor(start[0]) if start and specs[field_ + "0"].role == spec.role + "0" else None,
+                    slot.site.kind,
                 )  # fmt: skip
         for extra in member.extras.values():
             found[extra.key] = Trainable(extra.key, self.store.tensor(extra.key), "extra")  # type: ignore[arg-type]
@@ -406,7 +407,8 @@ def _allocate(m: Method, sites: Sequence[Site], statistics: Mapping[str, Statist
         if found is not None:
             scores[site.key] = found
     start = getattr(m.structure.core, "rank")
-    ranks = m.rank.allocate(scores, {s.key: start for s in sites}, {s.key: min(s.shape) for s in sites})
+    limits, costs = {s.key: min(s.shape) for s in sites}, {s.key: sum(s.shape) for s in sites}
+    ranks = m.rank.allocate(scores, dict.fromkeys(limits, start), limits, costs)
     structures = {key: m.structure.at_rank(r) for key, r in ranks.items() if r}
     if not structures:
         raise TargetError(f"rank {m.rank.name!r} left no site with a rank above zero")

@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 import rankfold as rf
+from rankfold.core import Site
 from rankfold.errors import DataError, OptionError
 from rankfold.linalg.random import Random
+from rankfold.methods.inits.eva import EVA
+from rankfold.training.contracts import Roles
 
 
 def data(batches=6, rows=200, width=12):
@@ -90,6 +93,16 @@ def test_redistribution_keeps_the_budget_and_the_scale():
     chosen = [k for _, k in bids[:2]]
     assert ranks == {k: chosen.count(k) for k in ("0", "2") if k in chosen}
     assert {s.structure.scale for s in handle.slots()} == {2.0}
+
+
+@pytest.mark.parametrize(("rank", "rho", "count"), [(3, 2.0, 6), (3, 1.0, 3), (3, 1.1, 4), (5, 2.0, 9)])
+def test_rho_times_the_rank_are_scored(rank, rho, count):
+    init, site = EVA(rho=rho), Site("0", (9, 12))
+    stream = init.collect(site, Roles({"B": (9, rank), "A": (rank, 12)}, rank, 1.0))
+    stream.observe(data()[0])
+    scores = init.scores(site, stream)
+    assert len(scores) == count
+    assert bool((scores[:-1] >= scores[1:]).all())
 
 
 def test_without_data_or_with_too_little_it_says_so():

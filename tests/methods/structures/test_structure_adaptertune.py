@@ -36,9 +36,9 @@ class Stack(nn.Module):
         return self.head(h)
 
 
-def adapted(structure, pair=False, dtype=torch.float64):
+def adapted(structure, pair=False, dtype=torch.float64, depth=4):
     torch.manual_seed(0)
-    model = Stack(pair=pair).to(dtype)
+    model = Stack(depth, pair).to(dtype)
     sites = structure.places(find_blocks(model, Targets.of()))
     attach(model, "a", sites, {s.key: structure for s in sites})
     store = store_of(model)
@@ -100,7 +100,7 @@ def test_first_gradient_reaches_u_alone_and_counts_are_those_of_the_formula():
 
 
 def test_half_weight_is_half_the_way_and_it_cannot_be_folded():
-    model, store = adapted(AdapterTune(rank=2, every=4))
+    model, store = adapted(AdapterTune(rank=2), depth=1)
     for p in store.parameters():
         p.data.normal_()
     x = torch.randn(4, WIDTH, dtype=torch.float64)

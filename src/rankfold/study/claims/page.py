@@ -35,7 +35,7 @@ def _row(name: str, check: Check, o: Outcome, adjusted: float | None) -> dict[st
     found = write(o.mean) if o.low is None or o.high is None else f"{write(o.mean)} [{write(o.low)}, {write(o.high)}]"
     return {
         "claim": name,
-        "says": check.says,
+        "says": check.says + (" (beside the claim)" if check.beside else ""),
         "found": found,
         "margin": f"{check.direction} {write(check.margin)}",
         "runs": o.runs,
@@ -66,7 +66,7 @@ def verdict(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         return "toy run"
     if "verdict" not in result:
         return "unfinished"
-    return overall(outcomes(claim, result)) + (" (stale: the claim's file changed since)" if stale(name, result) else "")
+    return overall(claim, outcomes(claim, result)) + (" (stale: the claim's file changed since)" if stale(name, result) else "")
 
 
 def render(runs: Mapping[str, Run], path: Path) -> None:
@@ -102,16 +102,16 @@ def _page(runs: Mapping[str, Run]) -> str:
 
 
 def _introduction() -> str:
-    return (
-        "Written by `rankfold claims`; the numbers of every run are beside the claims' files, in `study/claims/results/`. Each "
-        "claim states its direction, margin, metric, seeds and budget in its file before it is run, and the file's hash is in "
-        "the result. Learning rates are chosen for each method from one grid, on other seeds than those tested.\n\n"
-        f"A check that is repeated (at least {RUNS} seeds) is decided by the {LEVEL:.0%} interval of the mean of its paired numbers (Student's t): "
-        "**holds** if all of it is on the claimed side of the margin, **not reproduced here** if all of it is on the other "
-        "side, **inconclusive** if the margin lies within. An identity is run once. A claim holds when all its checks do. p is "
-        "one-sided, of the mean being at the margin, by exact sign flips up to 20 pairs; Holm's adjustment runs over all "
-        "repeated checks of this page."
-    )
+    return f"""\
+Written by `rankfold claims`; the numbers of every run are beside the claims' files, in `study/claims/results/`. Each claim
+states its direction, margin, metric, seeds and budget in its file before it is run, and the file's hash is in the result.
+Learning rates are chosen for each method from one grid, on other seeds than those tested.
+
+A check that is repeated (at least {RUNS} seeds) is decided by the {LEVEL:.0%} interval of the mean of its paired numbers
+(Student's t): **holds** if all of it is on the claimed side of the margin, **not reproduced here** if all of it is on the other
+side, **inconclusive** if the margin lies within. An identity is run once. A claim holds when all its checks do, without those
+that are measured beside it. p is one-sided, of the mean being at the margin, by exact sign flips up to 20 pairs; Holm's
+adjustment runs over all repeated checks of this page."""
 
 
 def _statement(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _statement(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         facts.append(f"rates chosen from {grid} by the mean {claim.tune_by} on seeds {tuned}: {', '.join(chosen)}")
     lines.append("; ".join(facts) + ".")
     lines.append(
-        f"Run on {where['date']}: {where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''} of {where['cores']} cores, "
+        f"Run on {where['date']}: {where['cpu']}, threads: {where['threads']} on {where['cores']} cores, "
         f"Python {where['python']}, torch {where['torch']}, commit {where['commit']}."
     )
     return "\n\n".join(lines)

@@ -8,8 +8,9 @@ The rule, for a check "the quantity is above (below) the margin":
                           all of it on the other side          not reproduced here
                           the margin lies within it            inconclusive
 
-A claim holds when all its checks do, and is not reproduced when one of them is not. p-values are of "the mean equals the margin",
-one-sided, exact by sign flips; Holm's adjustment runs over every repeated check of every claim.
+A claim holds when all its checks do, and is not reproduced when one of them is not; checks that stand beside the claim don't
+count there. p-values are of "the mean equals the margin", one-sided, exact by sign flips up to 20 pairs; Holm's adjustment runs
+over every repeated check of every claim.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Check:
         direction: the side of the margin on which the number is claimed to be.
         margin: in the unit of the number.
         kind: "identity" (algebra: one run), "learning" (training) or "cost" (seconds and bytes of this machine).
+        beside: measured and judged alike, but not part of what is claimed.
         format: how the number is written.
     """
 
@@ -59,6 +61,7 @@ class Check:
     direction: Literal["above", "below"]
     margin: float
     kind: Literal["identity", "learning", "cost"] = "learning"
+    beside: bool = False
     format: str = ".3g"
 
     def __post_init__(self) -> None:
@@ -117,7 +120,7 @@ class Claim:
                 raise OptionError(f"claim {self.title!r}: {message}")
 
         repeated = [c.name for c in self.checks if c.kind != "identity"]
-        demand(bool(self.checks), "it has no check, so that nothing could contradict it")
+        demand(any(not c.beside for c in self.checks), "it has no check, so that nothing could contradict it")
         demand(len({c.name for c in self.checks}) == len(self.checks), "two checks have the same name")
         demand(len(set(self.seeds)) == len(self.seeds), f"a seed stands twice in {self.seeds}")
         demand(
@@ -170,7 +173,7 @@ def judge(check: Check, values: Sequence[float]) -> Outcome:
     return Outcome(check.name, check.kind, test.mean + shift, test.low + shift, test.high + shift, test.p, test.pairs, verdict)
 
 
-def overall(outcomes: Sequence[Outcome]) -> Verdict:
-    """The verdict of a claim: the worst of its checks'."""
-    found = {o.verdict for o in outcomes}
+def overall(claim: Claim, outcomes: Sequence[Outcome]) -> Verdict:
+    """The verdict of a claim: the worst of its checks', those beside it left out."""
+    found = {o.verdict for check, o in zip(claim.checks, outcomes) if not check.beside}
     return "not reproduced here" if "not reproduced here" in found else "inconclusive" if "inconclusive" in found else "holds"

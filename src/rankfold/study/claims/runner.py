@@ -60,7 +60,7 @@ def run_claim(name: str, folder: Path, *, quick: bool = False, show: bool = True
                 clock.tick(f"seed {seed}, {arm}")
                 write(name, folder, result)
     found = outcomes(claim, result)
-    result |= {"checks": as_rows(found), "verdict": overall(found)}
+    result |= {"checks": as_rows(found), "verdict": overall(claim, found)}
     write(name, folder, result)
     return result
 
