@@ -31,7 +31,8 @@ def dense_change(adaptation: rf.Adaptation, key: str) -> torch.Tensor:
 
 METHODS = {
     "lora": {"rank": 3, "alpha": 6.0}, "pissa": {"rank": 2}, "kron": {}, "shira": {"rank": 1}, "hadamard": {"rank": 2},
-    "bone": {"rank": 2}, "dora": {"rank": 2}, "hra": {"rank": 2}, "hira": {"rank": 2}, "vera": {"rank": 3}, "full": {}, "miss": {"rank": 2},
+    "bone": {"rank": 2}, "dora": {"rank": 2}, "hra": {"rank": 2}, "hira": {"rank": 2}, "vera": {"rank": 3},
+    "full": {}, "miss": {"rank": 2},
 }  # fmt: skip
 
 

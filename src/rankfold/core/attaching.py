@@ -284,7 +284,7 @@ def detach(model: nn.Module, name: str) -> None:
         raise LayoutError("the model is folded; unfold before removing an adapter")
     member = store.members.pop(name)
     store.active.pop(name, None)
-    for key in member.keys():
+    for key in member.owned():
         store.drop(key)
     for module in model.modules():
         host = module.__dict__.get("_rankfold")

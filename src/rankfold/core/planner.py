@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankfold.errors import LayoutError, OptionError
-from rankfold.kernels import lowrank_linear, magnitude_linear
+from rankfold.kernels import lowrank_linear, magnitude_linear, row_norms
 from rankfold.kernels.magnitude import amplify
 from rankfold.kernels.once import once
 from rankfold.linalg import Dense, Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
@@ -199,7 +199,7 @@ def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Te
         assert f.B is not None and f.A is not None
         return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop)
     return magnitude_linear(
-        x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude), f.B, f.A, f.scale, f.B0, f.A0, f.drop
+        x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude, f), f.B, f.A, f.scale, f.B0, f.A0, f.drop
     )
 
 
@@ -207,13 +207,19 @@ def like_master(m: Tensor) -> Tensor:
     return m if m.dtype in (torch.float32, torch.float64) else m.float()
 
 
-def _norm(program: Program, op: Magnitude) -> Tensor:
+def _norm(program: Program, op: Magnitude, f: Fused) -> Tensor:
     """Row norms, formed once per version of the tensors: micro-batches and checkpoint recomputation share them."""
+
+    def form() -> Tensor:
+        if f.B is None or f.A is None or f.drop is not None:
+            return op.norm()
+        return row_norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
+
     if program.cache is None:
-        return op.norm()
+        return form()
     key = tuple((t.data_ptr(), t._version) for t in program.leaves)
     if program.cache.get("key") != key:
-        program.cache.update(key=key, norm=op.norm())
+        program.cache.update(key=key, norm=form())
     return program.cache["norm"]
 
 

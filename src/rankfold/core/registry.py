@@ -100,14 +100,15 @@ def load_file(path: str | Path) -> list[Entry]:
 
 
 def _plugin_files() -> list[Path]:
-    files = [Path(p) for p in os.environ.get("RANKFOLD_METHODS", "").split(os.pathsep) if p]
+    return [*(Path(p) for p in os.environ.get("RANKFOLD_METHODS", "").split(os.pathsep) if p), *_entry_point_files()]
+
+
+@functools.cache  # reads the metadata of every installed package; what is installed does not change under a running program
+def _entry_point_files() -> tuple[Path, ...]:
     from importlib.metadata import entry_points
 
-    for point in entry_points(group=PACKAGE):
-        spec = importlib.util.find_spec(point.value.split(":")[0])
-        if spec and spec.origin:
-            files.append(Path(spec.origin))
-    return files
+    specs = (importlib.util.find_spec(point.value.split(":")[0]) for point in entry_points(group="rankfold.methods"))
+    return tuple(Path(spec.origin) for spec in specs if spec and spec.origin)
 
 
 @functools.cache

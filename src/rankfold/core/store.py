@@ -106,7 +106,7 @@ class Member:
     extras: dict[str, Extra] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def keys(self) -> list[str]:
+    def owned(self) -> list[str]:
         """Names in the store of everything that this adapter owns, each once."""
         own = [key for slot in self.slots.values() for key, _ in slot.binding.values()]
         return list(dict.fromkeys([*own, *self.shared.values(), *(e.key for e in self.extras.values())]))

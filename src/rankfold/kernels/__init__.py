@@ -1,6 +1,6 @@
 """Fused paths of the hot operators. The expressions of `linalg` are their oracle."""
 
 from .lowrank import lowrank_linear
-from .magnitude import magnitude_linear
+from .magnitude import magnitude_linear, row_norms
 
-__all__ = ["lowrank_linear", "magnitude_linear"]
+__all__ = ["lowrank_linear", "magnitude_linear", "row_norms"]

@@ -15,16 +15,30 @@ from torch import Tensor
 from .lowrank import Drop, combine, gradients, stack_factors
 from .once import once
 
-__all__ = ["amplify", "magnitude_linear"]
+__all__ = ["amplify", "magnitude_linear", "row_norms"]
 
 VANISHED = 1e-6
 
 
-def amplify(u: Tensor, gain: Tensor) -> Tensor:
+def amplify(u: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
     """gain ⊙ u for a float32 gain [out]: exact product in float32 and float64, u + (gain − 1) u below, rounded once."""
     if u.dtype == gain.dtype:
-        return u * gain
-    return torch.addcmul(u, u, (gain - 1.0).to(u.dtype))
+        return torch.mul(u, gain, out=out)
+    return torch.addcmul(u, u, (gain - 1.0).to(u.dtype), out=out)
+
+
+@torch.no_grad()
+def row_norms(
+    base: Any, B: Tensor, A: Tensor, scale: float, B0: Tensor | None = None, A0: Tensor | None = None, floor: float = 1e-12
+) -> Tensor:
+    """‖W_j + s·(B A)_j‖ [out], from ‖W_j‖² as the base caches it, the r products W Aᵀ, and A Aᵀ: never out x in.
+
+    ‖W_j‖² + s·Σ_k B_jk (2 W Aᵀ + s·B A Aᵀ)_jk, in at least float32. A change that is zero leaves the norm of W itself, bitwise.
+    """
+    Bs, As = stack_factors(B, A, B0, A0, torch.promote_types(B.dtype, torch.float32))
+    cross = base.matmul(As.to(base.dtype)).mT.to(Bs.dtype)  # [out, r], by the product that a forward pass runs
+    cross = torch.addmm(cross, Bs, As @ As.mT, beta=2.0, alpha=scale)
+    return torch.add(base.row_sqnorm(), (Bs * cross).sum(-1), alpha=scale).clamp_min_(0.0).sqrt_().clamp_min_(floor)
 
 
 class _MagnitudeLinear(torch.autograd.Function):
@@ -36,7 +50,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, x.dtype)
             h = combine(u, flat, Bs, As, scale, p_seed)
-        y = amplify(u, m / norm)
+        y = amplify(u, m / norm, out=u)
         if bias is not None:
             y += bias.to(y.dtype)
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]

@@ -1,4 +1,4 @@
-"""`rf.adapt` and the handle that it returns: one object per model, which owns its adapters, their tensors, switches and optimizers."""
+"""`rf.adapt` and the handle that it returns: one object per model, owner of its adapters, their tensors, switches, optimizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankfold.core.probing import CallWatch, probe
 from rankfold.core.site import Site, Targets, find_sites
 from rankfold.core.store import Member, Slot, Store, store_of
 from rankfold.core.structure import SideModule, Spec, Structure, trait
-from rankfold.errors import CompositionError, LayoutError, OptionError, TargetError, UnknownName
+from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError, UnknownName
 from rankfold.linalg.random import Random
 
 from .contracts import InitContext, Statistic, Trainable, roles_of
@@ -107,7 +107,7 @@ class Adaptation:
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """Every tensor that one adapter owns, shared ones once: {name in the store: tensor}."""
-        return {key: self.store.tensor(key) for key in self._get(name).member.keys()}
+        return {key: self.store.tensor(key) for key in self._get(name).member.owned()}
 
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The tensors that train."""
@@ -329,28 +329,33 @@ def adapt(
     m = method(method_, **options)
     sites, dropped, chosen = choose_sites(model, m, targets, exclude, regex)
     seen = _several(batches)
-    statistics = _statistics(model, m, sites, seen, loss, budget, progress)
-    structures, removed = _allocate(m, sites, statistics)
-    sites = [s for s in sites if s.key in structures]
-    member = attach(model, name, sites, structures, _filler(m, statistics, seed), seed)
-    store = member_store(model)
-    handle = store.handle = store.handle or Adaptation(store)
+    statistics, unreached = _statistics(model, m, sites, seen, loss, budget, progress)
+    if unreached and not chosen.automatic:
+        raise InactiveError(f"no gradient reaches {', '.join(unreached)}: init {m.init.name!r} has nothing to start from there")
+    dropped += [(key, "gets no gradient") for key in unreached]
+    structures, removed = _allocate(m, [s for s in sites if s.key not in unreached], statistics)
+    dropped += removed
+    while True:
+        sites = [s for s in sites if s.key in structures]
+        member = attach(model, name, sites, structures, _filler(m, statistics, seed), seed)
+        store = member_store(model)
+        handle = store.handle = store.handle or Adaptation(store)
+        a = handle.attached[name] = Attached(m, member, seed, dropped)
+        try:
+            _add_extras(store, member, m, sites, extras)
+            store.switch({name: 1.0})
+            watch = CallWatch(store, member)
+            silent = probe(store, member, seen, loss, chosen.automatic) if seen is not None else []
+        except Exception:
+            handle.remove(name)
+            raise
+        if not silent:
+            break
+        handle.remove(name)  # once more without the sites that "all-linear" chose and that no gradient reaches
+        dropped += silent
+        structures = {key: structure for key, structure in structures.items() if key not in dict(silent)}
     store.plan, store.memory = plan, memory
-    a = handle.attached[name] = Attached(m, member, seed, dropped + removed)
-    try:
-        _add_extras(store, member, m, sites, extras)
-        store.switch({name: 1.0})
-        watch = CallWatch(store, member)
-        if seen is not None:
-            silent = probe(store, member, seen, loss, chosen.automatic)
-            if silent:
-                return _again(handle, name, silent, model, m, chosen, extras, seen, loss, seed, plan, memory, budget, progress)
-        else:
-            store.watchers.append(watch)
-        store.watchers.append(OwnUpdate(a))
-    except Exception:
-        handle.remove(name)
-        raise
+    store.watchers += [OwnUpdate(a)] if seen is not None else [watch, OwnUpdate(a)]
     return handle
 
 
@@ -367,31 +372,23 @@ def _several(batches: Iterable[Any] | None) -> Sequence[Any] | None:
     return list(batches)
 
 
-def _again(handle: Adaptation, name: str, silent: list[tuple[str, str]], model: nn.Module, m: Method, chosen: Targets, extras: Any,
-           batches: Any, loss: Any, seed: int, plan: str, memory: str, budget: Any, progress: Any) -> Adaptation:  # fmt: skip
-    """The same without the sites that get no gradient, which "all-linear" had chosen; they are listed in `dropped`."""
-    dropped = handle.attached[name].dropped
-    handle.remove(name)
-    names = tuple(key.partition("[")[0] for key, _ in silent)
-    result = adapt(model, m, targets=Targets(chosen.patterns, chosen.exclude + names), name=name, extras=extras, batches=batches,
-                   loss=loss, seed=seed, plan=plan, memory=memory, budget=budget, progress=progress)  # fmt: skip
-    result.attached[name].dropped = dropped + silent
-    return result
-
-
-def _statistics(model: nn.Module, m: Method, sites: Sequence[Site], batches: Any, loss: Any, budget: Any, progress: Any) -> dict[str, Statistic]:
+def _statistics(
+    model: nn.Module, m: Method, sites: Sequence[Site], batches: Any, loss: Any, budget: Any, progress: Any
+) -> tuple[dict[str, Statistic], list[str]]:
+    """(what the init asked for, by site; the sites that no gradient reached)."""
     wanted: dict[str, tuple[Site, Statistic]] = {}
     for site in sites:
         statistic = m.init.collect(site, _roles(m.structure, specs_of(m.structure, site)))
         if statistic is not None:
             wanted[site.key] = (site, statistic)
     if not wanted:
-        return {}
+        return {}, []
     if batches is None:
         raise OptionError(f"init {m.init.name!r} looks at data: give batches=..., an iterable of model inputs")
     from .statistics import collect
 
-    return collect(model, wanted, batches, loss, budget=budget, progress=progress)
+    found = collect(model, wanted, batches, loss, budget=budget, progress=progress)
+    return found, [key for key in wanted if key not in found]
 
 
 def _roles(structure: Structure, specs: Mapping[str, Spec]) -> Any:
@@ -458,12 +455,10 @@ class OwnUpdate:
         a = self.attached
         if not (a.method.update.own or a.method.rank.steps) or not store.model.training:
             return
-        keys = [k for k in a.member.keys() if store.tensor(k).requires_grad]
+        keys = [k for k in a.member.owned() if store.tensor(k).requires_grad]
         version = sum(store.tensor(k)._version for k in keys)
         by_us = a.engine is not None and a.engine.moved
         if self.seen is not None and version != self.seen and not by_us:
-            from rankfold.errors import InactiveError
-
             what = f"update {a.method.update.name!r}" if a.method.update.own else f"rank policy {a.method.rank.name!r}"
             raise InactiveError(
                 f"adapter {a.member.name!r}: another optimizer moved its tensors, so {what} did nothing. "

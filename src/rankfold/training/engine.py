@@ -165,7 +165,7 @@ class Engine:
                 if any(g is not None for g in grads):
                     self.reached.add(key)
         extras = any(self.store.tensor(e.key).grad is not None for e in self.member.extras.values())
-        if not self.reached and not extras and self.member.keys():
+        if not self.reached and not extras and self.member.owned():
             raise InactiveError(
                 f"adapter {self.member.name!r}: no gradient reached any of its {len(self.member.slots)} sites by the first step. "
                 f"Is it switched on (adaptation.use), was loss.backward() called, and does the loss depend on the model's output?"
