@@ -1,7 +1,11 @@
 """Options of adapt and predict are the fields of their settings, one for one, and a YAML file gives the same ones."""
 
+from contextlib import suppress
+
 import pytest
 import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rankfold.cli.entry import app
 from rankfold.cli.settings import from_settings, read_config
@@ -11,11 +15,11 @@ from rankfold.jobs.adapt.settings import AdaptSettings, PredictSettings
 COMMANDS = {"adapt": AdaptSettings, "predict": PredictSettings}
 
 
-def caught(settings, *arguments: str):
+def caught(model, *arguments: str):
     """The settings that a command line makes."""
     seen = []
     one = typer.Typer()
-    one.command()(from_settings(settings, "job", "A job.", seen.append))
+    one.command()(from_settings(model, "job", "A job.", seen.append))
     with typer.main.get_command(one).make_context("job", list(arguments)) as context:
         context.command.invoke(context)
     return seen[0]
@@ -113,4 +117,45 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(b"\xff\xfe\x00rank")
     with pytest.raises(FileError, match="can't be read"):
+        read_config(file, AdaptSettings)
+
+
+TOKENS = [
+    "rank",
+    "batch-size",
+    ":",
+    " ",
+    "\n",
+    "- ",
+    "[",
+    "]",
+    "{",
+    "}",
+    "&a",
+    "*a",
+    "!!",
+    "2001-99-99",
+    "1e999",
+    "'",
+    '"',
+    "|",
+    "~",
+    "%",
+    "\x00",
+]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(TOKENS), max_size=20).map(lambda t: "".join(t).encode())))
+def test_any_file_is_a_mapping_of_known_options_or_refused(tmp_path, content):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with suppress(RankfoldError):
+        assert read_config(file, AdaptSettings).keys() <= AdaptSettings.model_fields.keys()
+
+
+def test_a_file_of_endless_depth_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("[" * 20_000)
+    with pytest.raises(FileError, match="is not YAML"):
         read_config(file, AdaptSettings)

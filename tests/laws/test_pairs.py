@@ -1,6 +1,6 @@
 """Every two members compose and keep the laws, or are refused with the traits that clash.
 
-A covering array of strength 2 over (decorator, structure, init, rank, update): every pair of members that composes at all stands in at
+A covering array of strength 2 over (outer and inner decorator, structure over structure, init, rank, update): every pair of members that composes at all stands in at
 least one method here. It is drawn with the seed that the test run prints; RANKFOLD_LAWS_SEED repeats or changes it. The whole product
 runs under the marker `full`.
 """
@@ -29,7 +29,8 @@ from .subjects import adapt, decorators, default_structure, plain_structures, sh
 from .test_save_and_load import nothing_starts
 from .tolerances import TOLERANCES, distance
 
-AXES = ("decorator", "structure", "init", "rank", "update")
+FRONT = ("outer", "decorator", "over", "structure")
+AXES = (*FRONT, "init", "rank", "update")
 NOTHING = "-"
 TRIES = 60
 
@@ -38,24 +39,24 @@ TRIES = 60
 def members() -> dict[str, tuple[str, ...]]:
     """Values of each factor of the array."""
     return {
+        "outer": (NOTHING, *decorators()),
         "decorator": (NOTHING, *decorators()),
+        "over": (NOTHING, *plain_structures()),
         "structure": tuple(plain_structures()),
-        **{axis: tuple(e.name for e in registry.entries(axis)) for axis in AXES[2:]},
+        **{axis: tuple(e.name for e in registry.entries(axis)) for axis in AXES[len(FRONT) :]},
     }
 
 
 def text(row: dict[str, str]) -> str:
-    front = [] if row["decorator"] == NOTHING else [row["decorator"]]
-    return "+".join([*front, row["structure"], *(f"{axis}:{row[axis]}" for axis in AXES[2:])])
+    return "+".join([*(row[a] for a in FRONT if row[a] != NOTHING), *(f"{a}:{row[a]}" for a in AXES[len(FRONT) :])])
 
 
 def options(row: dict[str, str]) -> list[dict[str, object]]:
-    """Option sets to try: the defaults, then each other value of the decorator's choices (a gate per component, say)."""
+    """Option sets to try: the defaults, then each other value of the decorators' choices (a gate per component, say)."""
     found: list[dict[str, object]] = [{}]
-    if row["decorator"] != NOTHING:
-        entry = next(e for e in registry.entries("structure") if e.name == row["decorator"])
+    for entry in registry.entries("structure"):
         for option in entry.options:
-            if option.type.startswith("Literal["):
+            if entry.name in (row["outer"], row["decorator"]) and option.type.startswith("Literal["):
                 choices = [c.strip().strip("'\"") for c in option.type[len("Literal[") : -1].split(",")]
                 found += [{f"{entry.name}.{option.name}": c} for c in choices if repr(c) != option.default]
     return found
@@ -89,8 +90,9 @@ def pairs_of(key: tuple[str, ...]) -> set[tuple[tuple[str, str], tuple[str, str]
 
 
 def defaults() -> dict[str, str]:
-    plain = {a: next(e.name for e in registry.entries(a) if dict(e.traits).get("default") == "True") for a in AXES[2:]}
-    return {"decorator": NOTHING, "structure": default_structure(), **plain}
+    nothing = dict.fromkeys(FRONT, NOTHING)
+    plain = {a: next(e.name for e in registry.entries(a) if dict(e.traits).get("default") == "True") for a in AXES[len(FRONT) :]}
+    return {**nothing, "structure": default_structure(), **plain}
 
 
 def completions(pair: tuple[tuple[str, str], tuple[str, str]], draw: random.Random):
@@ -193,7 +195,7 @@ def words_of(error: CompositionError) -> str:
 
 
 TRAITS = (
-    "role", "trains", "rank", "scores", "decorate", "owns", "side module", "depends on the input", "tensors named", "factors", "components",
+    "role", "trains", "rank", "scores", "decorate", "owns", "side module", "depends on the input", "tensors named", "twice", "factors", "components",
 )  # fmt: skip
 
 

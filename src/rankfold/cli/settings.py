@@ -59,10 +59,12 @@ def read_config(path: Path, settings: type[BaseModel]) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise FileError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict) or not all(isinstance(k, str) for k in document):
         raise FileError(f"{path}: must be a mapping of options, for instance 'rank: 8'; it is a {type(document).__name__}")

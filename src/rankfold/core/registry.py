@@ -107,7 +107,7 @@ def _plugin_files() -> list[Path]:
 def _entry_point_files() -> tuple[Path, ...]:
     from importlib.metadata import entry_points
 
-    specs = (importlib.util.find_spec(point.value.split(":")[0]) for point in entry_points(group="rankfold.methods"))
+    specs = (importlib.util.find_spec(point.value.split(":")[0]) for point in entry_points(group=PACKAGE))
     return tuple(Path(spec.origin) for spec in specs if spec and spec.origin)
 
 
