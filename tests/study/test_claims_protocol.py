@@ -266,13 +266,15 @@ def test_holm_runs_over_the_repeated_checks_of_all_claims():
 
 def test_the_page_lists_identities_apart_and_says_what_is_not_tested(house, tmp_path):
     stated = claim(checks=(ABOVE, replace(ABOVE, name="algebra", says="algebra holds", kind="identity")))
-    page.render({"toy-one": (stated, numbers([0.3] * 9 + [0.31]))}, tmp_path / "claims.md")
+    result = {**numbers([0.3] * 9 + [0.31]), "reading": "as it should be."}
+    page.render({"toy-one": (stated, result)}, tmp_path / "claims.md")
     text = (tmp_path / "claims.md").read_text(encoding="utf-8")
     learning, identities = text.split("## Learning")[1].split("## Identities")
     assert "it gains .1" in learning
     assert "algebra holds" not in learning
     assert "algebra holds" in identities
     assert "Not tested here: n." in text
+    assert "Read afterwards: as it should be." in text
 
 
 def test_the_rule_in_words_has_the_levels_of_the_code():

@@ -149,7 +149,7 @@ def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program
             terms.append(Scaled(difference(expr, base), number))
         return Sum(tuple(terms))
 
-    return Program(base, build, leaves, not (stochastic or needs_x), needs_x, slots[0].cache if alone else None)
+    return Program(base, build, leaves, not (stochastic or needs_x), needs_x)
 
 
 def _first(output: Any, change: Any) -> Any:

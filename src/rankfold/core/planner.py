@@ -50,7 +50,7 @@ class Fused(NamedTuple):
 class Program:
     """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate looks at it).
 
-    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists. `cache` holds row norms.
+    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists.
     An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
     """
 
@@ -59,7 +59,6 @@ class Program:
     leaves: Sequence[Tensor]
     dense_ok: bool = True
     needs_x: bool = False
-    cache: dict | None = None
     kept: tuple[Operator, Fused | None] | None = None
 
     def expression(self, leaves: Sequence[Tensor] | None = None, x: Tensor | None = None) -> Operator:
@@ -120,7 +119,9 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
         if fused is not None:
             return _run_fused(program, fused, x, bias)
         if plan == "fused":
-            raise LayoutError(f"plan 'fused': no fused form for {describe(expr, program.base)}; allowed here: structured, effective, plain")
+            raise LayoutError(
+                f"plan 'fused': no fused form for {describe(expr, program.base)}; allowed here: structured, effective, plain"
+            )
     tokens = x.numel() // x.shape[-1]
     if plan == "auto":
         plan, memory = _choose(program, expr, tokens, memory)
@@ -128,7 +129,9 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
         return _plain(program, x, bias)
     if plan == "effective":
         if not program.dense_ok:
-            raise LayoutError("plan 'effective': the change depends on the input or on chance, so there is no one weight to build")
+            raise LayoutError(
+                "plan 'effective': the change depends on the input or on chance, so there is no one weight to build"
+            )
         return _Effective.apply(program, x, bias, *program.leaves)
     if memory == "auto":
         memory = "recompute" if costs.prefer_recompute(_extra(expr, program.base, tokens), program.base.flops(tokens)) else "keep"
@@ -208,19 +211,9 @@ def like_master(m: Tensor) -> Tensor:
 
 
 def _norm(program: Program, op: Magnitude, f: Fused) -> Tensor:
-    """Row norms, formed once per version of the tensors: micro-batches and checkpoint recomputation share them."""
-
-    def form() -> Tensor:
-        if f.B is None or f.A is None or f.drop is not None:
-            return op.norm()
-        return row_norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
-
-    if program.cache is None:
-        return form()
-    key = tuple((t.data_ptr(), t._version) for t in program.leaves)
-    if program.cache.get("key") != key:
-        program.cache.update(key=key, norm=form())
-    return program.cache["norm"]
+    if f.B is None or f.A is None or f.drop is not None:
+        return op.norm()
+    return row_norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
 
 
 def _extra(expr: Operator, base: Base, tokens: int) -> int:
@@ -250,13 +243,19 @@ def _splits(expr: Operator, base: Base) -> bool:
     if isinstance(expr, Sum):
         return all(_splits(t, base) for t in expr.terms)
     if isinstance(expr, Product):
-        return not (contains(expr.left, base) and contains(expr.right, base)) and _splits(expr.left, base) and _splits(expr.right, base)
+        return (
+            not (contains(expr.left, base) and contains(expr.right, base))
+            and _splits(expr.left, base)
+            and _splits(expr.right, base)
+        )
     return False
 
 
 def _structured(program: Program, expr: Operator, x: Tensor, bias: Tensor | None, memory: str) -> Tensor:
     if not _splits(expr, program.base):
-        raise LayoutError(f"plan 'structured': {describe(expr, program.base)} needs the base built; allowed here: effective, plain")
+        raise LayoutError(
+            f"plan 'structured': {describe(expr, program.base)} needs the base built; allowed here: effective, plain"
+        )
     if not torch.is_grad_enabled():
         memory = "keep"
     base = program.base

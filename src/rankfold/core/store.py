@@ -43,7 +43,6 @@ class Slot:
     fields: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
     emitted: dict[str, Tensor] = field(default_factory=dict)
-    cache: dict = field(default_factory=dict)
     _t: Tensors = None
     _version: int = -1
 
@@ -180,9 +179,6 @@ class Store(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Store:
         super()._apply(fn, recurse)
         self.version += 1
-        for member in self.members.values():
-            for slot in member.slots.values():
-                slot.cache.clear()
         return self
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:

@@ -48,7 +48,15 @@ def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: 
 
 
 def gradients(
-    g: Tensor, gx: Tensor | None, x: Tensor | None, h: Tensor | None, Bs: Tensor, As: Tensor, scale: float, rank: int, p_seed: Drop
+    g: Tensor,
+    gx: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    Bs: Tensor,
+    As: Tensor,
+    scale: float,
+    rank: int,
+    p_seed: Drop,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(∂B, ∂A) from g = ∂L/∂(low-rank output); adds this branch's share to gx in place. With an offset, Bs and As are stacked."""
     hg = g @ Bs  # [tokens, r] or [tokens, 2r]

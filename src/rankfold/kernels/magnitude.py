@@ -34,11 +34,19 @@ def row_norms(
     """‖W_j + s·(B A)_j‖ [out], from ‖W_j‖² as the base caches it, the r products W Aᵀ, and A Aᵀ: never out x in.
 
     ‖W_j‖² + s·Σ_k B_jk (2 W Aᵀ + s·B A Aᵀ)_jk, in at least float32. A change that is zero leaves the norm of W itself, bitwise.
+    Rows that cancel (W_j ≈ −s·(B A)_j, below 1e-4 of ‖W_j‖²) are formed and summed anew. Never cached: tensors written through
+    `.data` keep their version, and a stale norm would be silent.
     """
     Bs, As = stack_factors(B, A, B0, A0, torch.promote_types(B.dtype, torch.float32))
     cross = base.matmul(As.to(base.dtype)).mT.to(Bs.dtype)  # [out, r], by the product that a forward pass runs
     cross = torch.addmm(cross, Bs, As @ As.mT, beta=2.0, alpha=scale)
-    return torch.add(base.row_sqnorm(), (Bs * cross).sum(-1), alpha=scale).clamp_min_(0.0).sqrt_().clamp_min_(floor)
+    own = base.row_sqnorm()
+    square = torch.add(own, (Bs * cross).sum(-1), alpha=scale)
+    cancelled = (square < 1e-4 * own).nonzero().flatten()
+    if len(cancelled):
+        rows = base.rows(cancelled).to(Bs.dtype) + scale * (Bs[cancelled] @ As)
+        square[cancelled] = rows.square().sum(-1)
+    return square.clamp_min_(0.0).sqrt_().clamp_min_(floor)
 
 
 class _MagnitudeLinear(torch.autograd.Function):
@@ -56,9 +64,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
         keep_x = need_A or (need_m and bool((m.abs() < VANISHED * norm).any()))
-        ctx.save_for_backward(
-            flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0
-        )
+        ctx.save_for_backward(flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0)
         ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -108,6 +108,9 @@ class Operator:
 
         dense = at_least_float32(self.dense())
         bound = min(self.rank_bound(), *self.shape)
+        if rank is None and bound == min(self.shape):  # as it stands, beside an identity: an SVD would only add rounding
+            identity = torch.eye(bound, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], bound, bound)
+            return (dense, identity, 0.0) if self.shape[1] == bound else (identity, dense, 0.0)
         rank = bound if rank is None else min(rank, bound)
         U, S, Vh = truncated_svd(dense, rank)
         B, A = U * S.unsqueeze(-2), Vh

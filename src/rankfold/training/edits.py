@@ -285,7 +285,6 @@ class _Surgeon:
 
     def _finish(self, slot: Slot, structure: Structure) -> None:
         slot.structure = structure
-        slot.cache.clear()
 
     # the optimizer
 

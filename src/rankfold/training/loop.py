@@ -284,7 +284,7 @@ class _Run:
                 share = weight / whole * self.accelerator.num_processes
                 value = self.loss(batch, self.wrapped) * share
                 if not torch.isfinite(value):
-                    raise self._not_finite("loss", float(value), batch, k)
+                    raise self._not_finite("loss", float(value.detach()), batch, k)
                 if value.requires_grad:
                     self.accelerator.backward(value)
                 mean += float(value.detach())

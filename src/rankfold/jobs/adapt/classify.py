@@ -20,7 +20,8 @@ class Classify(Task):
     """Cross-entropy over the labels, from the model's own head."""
 
     name = "classify"
-    metric, better = "accuracy", "higher"
+    metric = "accuracy"
+    better = "higher"
     shown = {"accuracy": "accuracy", "f1": "F1", "loss": "loss"}
 
     def rows(self, table: Table) -> list[Row]:

@@ -56,7 +56,8 @@ class Embed(Task):
     """Mean pooling over the last layer, vectors of length 1, InfoNCE against the other rows of the batch."""
 
     name = "embed"
-    metric, better = "mrr", "higher"
+    metric = "mrr"
+    better = "higher"
     shown = {"recall@1": "R@1", "recall@5": "R@5", "mrr": "MRR", "ndcg@10": "nDCG@10"}
 
     def rows(self, table: Table) -> list[Row]:

@@ -54,7 +54,7 @@ def read_inputs(settings: AdaptSettings) -> Inputs:
 
 
 def _held_out(whole: Table, s: AdaptSettings) -> tuple[Table, Table | None]:
-    """(rest, part); few running texts are cut each near its end. Data too small to part train whole, unless parting was asked for."""
+    """(rest, part); few running texts are cut each near its end. Data too small to part trains whole, unless asked otherwise."""
     assert isinstance(s.valid, float)
     if s.task == "lm" and len(whole) < 10:
         cuts = [_line_near(text, 1 - s.valid) for text in whole["text"]]

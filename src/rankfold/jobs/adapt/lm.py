@@ -39,7 +39,8 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class CausalTask(Task):
     """What lm and sft share: loss and perplexity over labelled tokens, and writing text."""
 
-    metric, better = "loss", "lower"
+    metric = "loss"
+    better = "lower"
     shown = {"perplexity": "perplexity", "loss": "loss"}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:

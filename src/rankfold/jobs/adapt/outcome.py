@@ -134,7 +134,7 @@ def write_report(path: Path, ready: Prepared, handle: Adaptation, history: Histo
     )
     if history.evaluations:
         points = [(e["step"], e[key]) for e in history.evaluations]
-        curves.figure(learning_curves({"valid": points}, metric=name, better=task.better), f"{name} on the valid rows")  # type: ignore[arg-type]
+        curves.figure(learning_curves({"valid": points}, metric=name, better=task.better), f"{name} on the valid rows")
     moved = history.changes.get("ranks", [])
     if len(moved) > 1:
         strips = {site: [(step, ranks[site]) for step, ranks in moved] for site in moved[0][1]}

@@ -14,7 +14,7 @@ import numpy as np
 from rankfold.adapters.atomic import atomic_file, write_text
 from rankfold.adapters.native import load_native
 from rankfold.errors import OptionError, UnknownName
-from rankfold.jobs.data import Table, read
+from rankfold.jobs.data import Table, names, read
 from rankfold.jobs.exchange import folder_format, load
 from rankfold.jobs.models import load_model
 from rankfold.training.progress import Progress
@@ -79,12 +79,13 @@ def predict_job(settings: PredictSettings) -> Path:
 def _table(s: PredictSettings, task: str) -> Table:
     """The input column; for embed `query`, else `document`, whichever the file has."""
     wanted = INPUTS[task]
+    part = "test" if s.data in names() and not Path(s.data).exists() else None
     try:
-        return read(s.data, task, s.columns, only=wanted, encoding=s.encoding)
+        return read(s.data, task, s.columns, only=wanted, encoding=s.encoding, split=part)
     except UnknownName:
         if task != "embed":
             raise
-        return read(s.data, task, s.columns, only=["document"], encoding=s.encoding)
+        return read(s.data, task, s.columns, only=["document"], encoding=s.encoding, split=part)
 
 
 def _rows(task: Task, table: Table) -> list[Row]:

@@ -108,7 +108,8 @@ def prepare(s: AdaptSettings, screen: Screen) -> Prepared:
     inputs = read_inputs(s)
     screen.say("data", "\n".join(inputs.describe()))
     loaded = load_model(s.model, s.task, labels=inputs.labels, tokenizer=s.tokenizer, dtype=s.dtype, device=s.device, seed=s.seed)
-    assert s.max_length is not None and s.batch_size is not None
+    assert s.max_length is not None
+    assert s.batch_size is not None
     task = task_for(s.task, loaded, s.max_length, s.temperature)
     if s.max_length > task.max_length:
         screen.say("note", f"{s.model} reads {task.max_length} tokens at most; max_length {s.max_length} was lowered to that")
@@ -200,21 +201,25 @@ def base_figures(ready: Prepared, handle: Adaptation) -> dict[str, float]:
         return figures_of(ready, "test")
 
 
-def fit(ready: Prepared, handle: Adaptation, checkpoint: Path) -> History:
-    """Train."""
+def fit(
+    ready: Prepared, handle: Adaptation, checkpoint: Path, on_step: Callable[[dict[str, float]], None] | None = None
+) -> History:
+    """Train; `on_step` is called with the record of each step."""
     s, task = ready.settings, ready.task
-    assert s.lr is not None and s.epochs is not None and s.schedule is not None and s.warmup is not None
+    filled = {name: getattr(s, name) for name in ("lr", "epochs", "schedule", "warmup")}
     settings = LoopSettings(
-        lr=s.lr, weight_decay=s.weight_decay, epochs=s.epochs, max_steps=s.max_steps, grad_accum=s.grad_accum, clip=s.clip,
-        schedule=s.schedule, warmup=s.warmup, bf16=s.bf16, gradient_checkpointing=s.gradient_checkpointing,
-        evaluations=s.evaluations, metric=task.metric, better=task.better, patience=s.patience, seed=s.seed, folder=checkpoint,
-        checkpoint_minutes=s.checkpoint_minutes, resume=s.resume, progress=not s.quiet,
+        **filled, weight_decay=s.weight_decay, max_steps=s.max_steps, grad_accum=s.grad_accum, clip=s.clip, bf16=s.bf16,
+        gradient_checkpointing=s.gradient_checkpointing, evaluations=s.evaluations, metric=task.metric, better=task.better,
+        keep_best=s.keep_best, patience=s.patience, seed=s.seed, folder=checkpoint, checkpoint_minutes=s.checkpoint_minutes,
+        resume=s.resume, progress=not s.quiet,
     )  # fmt: skip
     size = 2 * (s.batch_size or 1)
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     if ready.rows["valid"]:
         evaluate = lambda model: task.evaluate(model, ready.rows["valid"], size)
-    return train(ready.loaded.model, handle, ready.batches, task.loss, settings, evaluate=evaluate, weigh=task.weight)
+    return train(
+        ready.loaded.model, handle, ready.batches, task.loss, settings, evaluate=evaluate, weigh=task.weight, on_step=on_step
+    )
 
 
 def measured(ready: Prepared, handle: Adaptation, history: History, before: Mapping[str, float]) -> dict[str, Any]:
@@ -256,11 +261,10 @@ def finish(ready: Prepared, handle: Adaptation, history: History, figures: dict[
             shown = (f"{title} {_moved(ready.task, key, figures, part)}" for key, title in ready.task.shown.items())
             screen.say(part, "   ".join(shown))
     screen.say("saved", f"{s.out}/adapter.safetensors, metrics.json, report.html")
-    data = s.test or s.data
+    example = f"--data {s.test or s.data} --out predictions.{'npy' if s.task == 'embed' else 'csv'}"
     screen.say(
         "next",
-        f"rankfold predict --model {s.model} --adapter {s.out} --data {data} --out predictions.{'npy' if s.task == 'embed' else 'csv'}\n"
-        f"rankfold export {s.out} --to peft --out DIR",
+        f"rankfold predict --model {s.model} --adapter {s.out} {example}\nrankfold export {s.out} --to peft --out DIR",
     )
     return Result(s.out, metrics, handle)
 

@@ -132,6 +132,7 @@ class AdaptSettings(_Settings):
     warmup: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="share of the steps over which the rate rises")
     patience: Annotated[int, Field(ge=1)] | None = Field(None, description="stop after so many evaluations without a new best")
     evaluations: Annotated[int, Field(ge=0)] = Field(0, description="evaluations over the run; 0 means one an epoch")
+    keep_best: bool = Field(True, description="end with the state of the best evaluation, not with the last")
     temperature: Annotated[float, Field(gt=0)] = Field(0.05, description="embed: divisor of the similarities in the loss")
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of every random choice")

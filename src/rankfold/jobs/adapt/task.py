@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    better: ClassVar[str]
+    better: ClassVar[Literal["higher", "lower"]]
     shown: ClassVar[Mapping[str, str]]
 
     def __init__(self, loaded: Loaded, max_length: int, temperature: float = 0.05) -> None:

@@ -128,6 +128,8 @@ def _statement(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         f"Run on {where['date']}: {where['cpu']}, threads: {where['threads']} on {where['cores']} cores, "
         f"Python {where['python']}, torch {where['torch']}, commit {where['commit']}."
     )
+    if "reading" in result:  # written by hand into the result, after the run
+        lines.append(f"Read afterwards: {result['reading']}")
     return "\n\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""The file of one claim: what was run, where, with which code and with what numbers; and whether that code is still the same."""
+"""The file of one claim: what was run, where, with which code and with what numbers; and whether that code is still the same.
+
+Whoever reads a result may add a sentence to it as `reading`: what the numbers mean. It is printed, and goes with the next run.
+"""
 
 from __future__ import annotations
 
