@@ -38,7 +38,7 @@ def cells(sst2: Path | None, trec: Path | None) -> Iterator[tuple[str, dict[str,
     """(data set, settings) of every cell."""
     text = {"task": "classify", "epochs": 3.0, "limit": 940, "encoding": "iso-8859-1", "valid": 300 / 940}
     for name, folder in (("sst2", sst2), ("trec", trec)):
-        for lr in (3e-4, 1e-3, 3e-3) if folder is not None else ():
+        for lr in (3e-4, 1e-3, 3e-3, 1e-2) if folder is not None else ():
             for rank in (8, 16):
                 yield name, {**text, "data": str(folder / "train.txt"), "method": "lora", "rank": rank, "lr": lr}  # type: ignore[operator]
     code = {"task": "embed", "epochs": 1.0, "data": "stdlib-code", "limit": 1260, "valid": 300 / 1260, "max_length": 96}

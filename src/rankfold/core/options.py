@@ -13,7 +13,7 @@ __all__ = ["Options", "option_names"]
 
 
 @cache
-def _adapters(cls: type) -> dict[str, Any]:
+def _adapters(cls: Any) -> dict[str, Any]:
     from pydantic import ConfigDict, TypeAdapter
 
     hints = get_type_hints(cls, include_extras=True)
@@ -51,7 +51,8 @@ class Options:
     def __post_init__(self) -> None:
         from pydantic import ValidationError
 
-        for name, adapter in _adapters(type(self)).items():
+        kind: Any = type(self)
+        for name, adapter in _adapters(kind).items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, adapter.validate_python(_text(value)))

@@ -112,7 +112,10 @@ def _without_gradient(store: Store, member: Member, model: nn.Module, batch: Any
     tensors = {key: _trainable(store, slot) for key, slot in member.slots.items()}
     flat = list({id(t): t for ts in tensors.values() for t in ts}.values())
     with torch.random.fork_rng(devices=[]):
-        grads = torch.autograd.grad(loss(model, batch), flat, allow_unused=True)
+        value = loss(model, batch)
+        if not value.requires_grad:  # it depends on none of them
+            return [key for key, ts in tensors.items() if ts]
+        grads = torch.autograd.grad(value, flat, allow_unused=True)
     reached = {id(t) for t, g in zip(flat, grads) if g is not None}
     return [key for key, ts in tensors.items() if ts and not any(id(t) in reached for t in ts)]
 

@@ -111,6 +111,7 @@ class Structure(Options):
         input_dependent: the expression depends on the input: cannot fold or be exported.
         stochastic: the expression differs between training passes.
         acts_on_input: multiplies W from the right: refused where the input is a vocabulary.
+        reads_entries: multiplies entries or blocks of W: refused over a structure that leaves no one weight to read.
         kinds: site kinds that it is meant for; None means all.
         owns: trains its own copy of the weight: every other parameter of the model is then owned as well.
         exempt: {law: reason}, printed by `rankfold methods`.
@@ -120,6 +121,7 @@ class Structure(Options):
     input_dependent: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     acts_on_input: ClassVar[bool] = False
+    reads_entries: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str] | None] = None
     owns: ClassVar[bool] = False
     exempt: ClassVar[Mapping[str, str]] = {}

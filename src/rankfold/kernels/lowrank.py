@@ -99,7 +99,7 @@ class _LowRankLinear(torch.autograd.Function):
         return (
             None if gx is None else gx.view(ctx.shape),
             gb,
-            None if gB is None else gB.to(B.dtype),
+            None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
             *(None,) * 5,
         )

@@ -20,11 +20,11 @@ __all__ = ["amplify", "magnitude_linear", "row_norms"]
 VANISHED = 1e-6
 
 
-def amplify(u: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
+def amplify(u: Tensor, gain: Tensor) -> Tensor:
     """gain ⊙ u for a float32 gain [out]: exact product in float32 and float64, u + (gain − 1) u below, rounded once."""
     if u.dtype == gain.dtype:
-        return torch.mul(u, gain, out=out)
-    return torch.addcmul(u, u, (gain - 1.0).to(u.dtype), out=out)
+        return u * gain
+    return torch.addcmul(u, u, (gain - 1.0).to(u.dtype))
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, x.dtype)
             h = combine(u, flat, Bs, As, scale, p_seed)
-        y = amplify(u, m / norm, out=u)
+        y = amplify(u, m / norm)
         if bias is not None:
             y += bias.to(y.dtype)
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
@@ -95,7 +95,7 @@ class _MagnitudeLinear(torch.autograd.Function):
             gb,
             None if gm is None else gm.to(m.dtype),
             None,
-            None if gB is None else gB.to(B.dtype),
+            None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
             *(None,) * 5,
         )

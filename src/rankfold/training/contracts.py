@@ -215,6 +215,8 @@ def roles_of(specs: Mapping[str, Spec], rank: int, scale: float, trainable: bool
         if spec.trainable or not trainable:
             names.setdefault(spec.role, []).append(name)
     shapes = {role: specs[ns[0]].shape for role, ns in names.items() if len(ns) == 1}
+    if "A" in shapes:  # its own rows say more than the innermost structure, which may be another one
+        rank = shapes["A"][-2]
     return Roles(shapes, rank, scale)
 
 

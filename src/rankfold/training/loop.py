@@ -28,9 +28,10 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from rankfold.core.options import Options
-from rankfold.errors import FileError, InactiveError, LayoutError, NumericError, OptionError
+from rankfold.errors import FileError, InactiveError, NumericError, OptionError
 from rankfold.linalg.random import Random
 
+from .activations import recomputing
 from .adaptation import Adaptation
 from .batches import Source, as_source, to_device
 from .checkpoints import RunState, has_checkpoint, load_checkpoint, restore, save_checkpoint
@@ -219,16 +220,14 @@ class _Run:
     def prepared(self) -> Iterator[None]:
         """Random states as they were afterwards; checkpointing of activations only within."""
         states = (random.getstate(), np.random.get_state())
-        on = self.settings.gradient_checkpointing and checkpoint_activations(self.model)
         mark_memory(self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        activations = recomputing(self.model) if self.settings.gradient_checkpointing else nullcontext()
+        with activations, torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             try:
                 yield
             finally:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
-                if on:
-                    self.model.gradient_checkpointing_disable()  # type: ignore[operator]
 
     def begin(self) -> None:
         """A fresh start, or where the checkpoint is; then the optimizer."""
@@ -476,19 +475,6 @@ class _Run:
             self.checkpoint()
             text += f"\n  the state before that step is saved in {self.settings.folder}"
         return NumericError(f"{text}\n  often cured by a lower learning rate (now {self.settings.lr:g}), clipping, or float32")
-
-
-def checkpoint_activations(model: nn.Module) -> bool:
-    """Switch on activation checkpointing in the form that needs no gradient at a block's input: frozen bases lose nothing.
-
-    Raises:
-        LayoutError: a model that has no such switch.
-    """
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise LayoutError(f"{type(model).__name__} offers no gradient checkpointing; leave it off, or use memory='recompute'")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return True
 
 
 class _Signals:

@@ -236,6 +236,17 @@ def _check(names: str, structure: Structure, init: Init, rank: RankPolicy, updat
         raise CompositionError(f"{names}: {error}") from None
     for member in (init, rank, update):
         require(member, roles, names)
+    core = trainable_roles(structure.core)
+    if init.offset and not init.requires <= core.shapes.keys():
+        raise CompositionError(
+            f"{names} + {init.name}: init {init.name!r} starts from an offset, which belongs to the innermost structure; "
+            f"that one trains {', '.join(sorted(core.shapes))}, not {', '.join(sorted(init.requires))}"
+        )
+    for k, layer in enumerate(chain := layers(structure)):
+        if layer.reads_entries and any(inner.input_dependent for inner in chain[k + 1 :]):
+            raise CompositionError(
+                f"{names}: {layer.name} reads the entries of the weight inside it, which depends on the input there, so none exists"
+            )
     if rank.allocates:
         if not hasattr(structure.core, "rank"):
             raise CompositionError(f"{names} + rank:{rank.name}: structure {names!r} has no rank that could be spread")

@@ -26,8 +26,10 @@ def relative_changes(adaptation: Adaptation, name: str | None = None) -> dict[st
     found = {}
     with torch.no_grad():
         for slot in adaptation.slots(name):
+            if slot.base is None:
+                continue
             program = site_program(adaptation.store, [slot], training=False)
-            if slot.base is None or not program.dense_ok:
+            if not program.dense_ok:
                 continue
             change = difference(program.expression(), slot.base).row_sqnorm().double().sum()
             size = slot.base.row_sqnorm().double().sum()

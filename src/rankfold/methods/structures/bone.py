@@ -4,7 +4,7 @@ Kang, "Bone: Block-Affine Adaptation of Large Language Models", 2024, arXiv:2409
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -34,6 +34,8 @@ class Bone(Structure):
     >>> Bone(rank=1).weight(Dense(torch.ones(2, 3)), namedtuple("Tensors", "C")(C), Site("query", (2, 3))).dense().tolist()
     [[3.0, 3.0, 3.0], [5.0, 5.0, 5.0]]
     """
+
+    reads_entries: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 64
     blocks: Literal["out", "in"] = "out"

@@ -7,7 +7,7 @@ Fine-Tuning", 2023, arXiv:2303.10512, eq. 3.
 from dataclasses import dataclass
 from typing import Literal
 
-from rankfold.core import Context, Decorator, Site, Spec, Tensors, register
+from rankfold.core import Context, Decorator, Site, Spec, Tensors, layers, register
 from rankfold.errors import CompositionError
 from rankfold.linalg import Diagonal, Operator, Product, Scaled, difference, gate_components
 
@@ -23,7 +23,7 @@ class Gate(Decorator):
         start: of every entry of g. 0 starts at W whatever B and A are.
 
     Raises:
-        CompositionError: per="rank" over a structure without factors B and A.
+        CompositionError: per="rank" over a structure without factors B and A, or over more than one structure.
 
     >>> from rankfold.methods.structures.lora import LoRA
     >>> Gate(per="rank", inner=LoRA(rank=4)).tensors(Site("query", (12, 8)))["gate"].shape
@@ -37,6 +37,9 @@ class Gate(Decorator):
         if self.per == "rank" and not {"B", "A"} <= {spec.role for spec in self.inner.tensors(site).values()}:
             core = type(self.inner.core).__name__
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
+        if self.per == "rank" and len(inside := layers(self.inner)) > 1:
+            names = " over ".join(type(layer).__name__ for layer in inside)
+            raise CompositionError(f"gate.per='rank' weighs the components of one structure; put it directly around one, not {names}")
         shapes = {"site": (), "row": (site.shape[0],), "rank": (getattr(self.inner.core, "rank", 0),)}
         role = "gate" if self.per == "rank" else "value"  # policies and inits know a gate as one number per component
         return {"gate": Spec(shapes[self.per], role=role, start=self.start)}

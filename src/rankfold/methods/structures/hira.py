@@ -4,7 +4,7 @@ Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
@@ -35,6 +35,8 @@ class HiRA(Structure):
     >>> int(torch.linalg.matrix_rank(change))          # from factors of rank one
     3
     """
+
+    reads_entries: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 16
     alpha: Annotated[float, Gt(0)] | None = None
