@@ -15,17 +15,20 @@ from .protocol import conditions
 __all__ = ["FOLDER", "Results", "source_hash"]
 
 FOLDER = Path(__file__).parent / "results"
-MEASURED = ("linalg", "kernels", "core", "methods", "training", "adapters")
+STEP = ("linalg", "kernels", "core", "methods/structures")
+WHOLE = ("",)
+MEASURED = {"B7": WHOLE, "B11": WHOLE}
+"""The folders of the package whose state a result depends on; those of a training step where not said otherwise."""
 
 
 @cache
-def source_hash() -> str:
-    """Of the floors whose speed and bytes are measured: a result belongs to one state of them."""
+def source_hash(folders: tuple[str, ...] = STEP) -> str:
+    """Of the source that is measured: a result belongs to one state of it."""
     import rankfold
 
     root = Path(rankfold.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(f for floor in MEASURED for f in (root / floor).rglob("*.py")):
+    for file in sorted(f for folder in folders for f in (root / folder).rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -52,16 +55,17 @@ class Results:
         found = self.cells.get(key)
         if self.resume and found is not None and self._same(found["conditions"]):
             return found
-        here = {**conditions(), "source": source_hash()}
+        here = self._conditions()
         self.cells[key] = {**run(), "conditions": here}
         self.write()
         return self.cells[key]
 
-    @staticmethod
-    def _same(before: dict[str, Any]) -> bool:
+    def _conditions(self) -> dict[str, Any]:
+        return {**conditions(), "source": source_hash(MEASURED.get(self.benchmark, STEP))}
+
+    def _same(self, before: dict[str, Any]) -> bool:
         varying = ("load", "date")
-        now = {**conditions(), "source": source_hash()}
-        return all(before.get(k) == v for k, v in now.items() if k not in varying)
+        return all(before.get(k) == v for k, v in self._conditions().items() if k not in varying)
 
     def forget_all_but(self, keys: set[str]) -> None:
         """Drop cells of methods that are no longer there."""

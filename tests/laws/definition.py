@@ -35,7 +35,13 @@ class Definition:
     structure's own expression where given.
     """
 
-    def __init__(self, case: Case, adaptation: rf.Adaptation, oracle: Callable[[Slot, Tensor, Any], Tensor] | None = None, **context: Tensor) -> None:
+    def __init__(
+        self,
+        case: Case,
+        adaptation: rf.Adaptation,
+        oracle: Callable[[Slot, Tensor, Any], Tensor] | None = None,
+        **context: Tensor,
+    ) -> None:
         self.model = double(case.pristine())
         self.adaptation = adaptation
         self.store = adaptation.store
@@ -124,7 +130,9 @@ class Definition:
             y = W @ token
             for slot, weight in slots:
                 rows = slice(*(slot.site.rows or (0, W.shape[0])))
-                expr = slot.structure.weight(Dense(W[rows]), self.tensors(slot), slot.site, Context(x=token[None], **self.context))
+                expr = slot.structure.weight(
+                    Dense(W[rows]), self.tensors(slot), slot.site, Context(x=token[None], **self.context)
+                )
                 change = torch.zeros_like(y)
                 change[rows] = weight * (expr.matmul(token[None])[0] - W[rows] @ token)
                 y = y + change

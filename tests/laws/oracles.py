@@ -83,7 +83,9 @@ def gate(W: Tensor, t: Any, s: Any) -> Tensor:
         inner, start = getattr(s.inner, "inner", s.inner), torch.zeros_like(W)
         if hasattr(t, "B0"):
             start = lora(W, t._replace(B=t.B0, A=t.A0), inner) - W
-            components = [number(inner) * (torch.outer(t.B[:, k], t.A[k]) - torch.outer(t.B0[:, k], t.A0[k])) for k in range(len(t.gate))]
+            components = [
+                number(inner) * (torch.outer(t.B[:, k], t.A[k]) - torch.outer(t.B0[:, k], t.A0[k])) for k in range(len(t.gate))
+            ]
         else:
             components = [weight(W, t._replace(B=t.B[:, [k]], A=t.A[[k]]), inner) - W for k in range(len(t.gate))]
         return W + sum(g * component for g, component in zip(t.gate, components))

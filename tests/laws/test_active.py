@@ -56,7 +56,9 @@ def check_bypass(method):
                 adapt(case, m, **data)
                 case.output()
             except InactiveError as error:
-                check.that(name in str(error) and "exclude" in str(error), f"the error does not name the site or the way out: {error}")
+                check.that(
+                    name in str(error) and "exclude" in str(error), f"the error does not name the site or the way out: {error}"
+                )
             else:
                 check.that(False, f"{name} is bypassed, and nobody said so (batches={batches})")
 
@@ -92,7 +94,9 @@ def check_steps(method):
             optimizer.step()
         before = {n: t.detach().clone() for n, t in a.tensors().items()}
         train(case, a, steps=4)
-        moved = {n for n, t in a.tensors().items() if n not in before or t.shape != before[n].shape or not torch.equal(t, before[n])}
+        moved = {
+            n for n, t in a.tensors().items() if n not in before or t.shape != before[n].shape or not torch.equal(t, before[n])
+        }
         check.that(bool(moved), "four steps moved nothing")
         frozen = {n for n, t in a.tensors().items() if not t.requires_grad}
         check.that(not moved & frozen, f"frozen tensors moved: {sorted(moved & frozen)}")

@@ -12,7 +12,6 @@ from safetensors import safe_open
 import rankfold as rf
 from rankfold.core import attaching, planner
 from rankfold.core.host import site_program
-from rankfold.core.structure import trait
 from rankfold.errors import LayoutError
 from rankfold.training.adaptation import Adaptation
 
@@ -64,7 +63,10 @@ def check_count(method, kind, folder):
         optimizer = a.optimizer(lr=0.1, total_steps=4 if m.rank.steps else None)
         given = [p for group in optimizer.param_groups for p in group["params"]]
         check.that(len({id(p) for p in given}) == len(given), "the optimizer holds a tensor twice")
-        check.that(sum(p.numel() for p in given) == trained, f"the optimizer holds {sum(p.numel() for p in given)} numbers, not {trained}")
+        check.that(
+            sum(p.numel() for p in given) == trained,
+            f"the optimizer holds {sum(p.numel() for p in given)} numbers, not {trained}",
+        )
         a.save(folder / "adapter")
         with safe_open(folder / "adapter" / "adapter.safetensors", "pt") as file:
             names = [n for n in file.keys() if not n.startswith("base:")]  # noqa: SIM118 - not a dict
@@ -149,12 +151,6 @@ def weights_only():
 @pytest.mark.parametrize("method", weights_only())
 def test_a_plan_keeps_what_it_states(method, dtype):
     check_kept(method, dtype)
-
-
-def test_an_embedding_with_a_transform_of_its_vocabulary_would_not_be_honest():
-    """Why `acts_on_input` is refused there: see test_refusals."""
-    with Checks("law 7, traits") as check:
-        check.that(any(trait(small(s).structure, "acts_on_input") for s in subjects()), "no member has the trait")
 
 
 # What the law must reject

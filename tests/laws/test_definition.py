@@ -86,7 +86,7 @@ def check_definition(method, kind, dtype=torch.float64, oracle=None, x=None, run
         x = case.batch if x is None else x.to(dtype) if x.is_floating_point() else x
         expected = defined(Definition(case, a, oracle), x)
         ran = 0
-        for plan, memory in runs if not (m.is_side or case.takes_tokens and kind != "tied") else runs[:1]:
+        for plan, memory in runs if not (m.is_side or (case.takes_tokens and kind != "tied")) else runs[:1]:
             a.store.plan, a.store.memory = plan, memory
             try:
                 found = outcome(case, a, x)
@@ -179,7 +179,9 @@ def check_autocast(method):
                     found = outcome(case, a, case.batch)
             except LayoutError:
                 continue
-            check.that(found[0].dtype == torch.bfloat16, f"plan {plan}: {found[0].dtype} under autocast, where nn.Linear gives bf16")
+            check.that(
+                found[0].dtype == torch.bfloat16, f"plan {plan}: {found[0].dtype} under autocast, where nn.Linear gives bf16"
+            )
             compare(check, found, expected, torch.bfloat16, f"plan {plan}, memory {memory}, autocast")
 
 
@@ -295,7 +297,9 @@ def check_second_derivatives(method):
         x = case.batch.clone().requires_grad_()
 
         def curvature(forward, tensors):
-            first = torch.autograd.grad((forward(x).sin() * probe_of(case.output())).sum(), tensors, create_graph=True, allow_unused=True)
+            first = torch.autograd.grad(
+                (forward(x).sin() * probe_of(case.output())).sum(), tensors, create_graph=True, allow_unused=True
+            )
             return torch.autograd.grad(sum((g * g).sum() for g in first if g is not None), x)[0]
 
         expected = curvature(definition, [t for t in definition.leaves.values() if t.requires_grad])
@@ -489,5 +493,3 @@ def test_the_law_rejects_a_wrong_forward_of_every_method(method, kind, monkeypat
         monkeypatch.setattr(host.Host, seam, lambda *a, native=native: 1.001 * native(*a))
     with pytest.raises(AssertionError, match="law 3"):
         check_definition(method, kind)
-
-

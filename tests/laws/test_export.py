@@ -51,7 +51,9 @@ def check_export(method, kind, rank=None):
             rows = slice(*(slot.site.rows or (0, W.shape[0])))
             W, W1 = W[rows], W1[rows]
             B, A = entry.B, entry.A
-            check.that((B.shape[0], A.shape[1]) == tuple(slot.site.shape), f"{slot.site.key}: factors {tuple(B.shape)}, {tuple(A.shape)}")
+            check.that(
+                (B.shape[0], A.shape[1]) == tuple(slot.site.shape), f"{slot.site.key}: factors {tuple(B.shape)}, {tuple(A.shape)}"
+            )
             check.that(rank is None or A.shape[0] <= rank, f"{slot.site.key}: rank {A.shape[0]}, asked for {rank}")
             measured = float((rebuilt(entry, W) - W1).norm() / (W1 - W).norm())
             said = errors[slot.site.key]

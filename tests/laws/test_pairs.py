@@ -265,5 +265,3 @@ def test_the_law_rejects_an_array_with_a_hole(monkeypatch):
     monkeypatch.setitem(globals(), "covering_array", lambda seed: (found[: len(found) // 2], refused))
     with pytest.raises(AssertionError, match="pairs are in no row"):
         test_the_array_covers_every_pair()
-
-

@@ -115,9 +115,7 @@ def test_a_deviation_from_itself_is_zero_bitwise(p):
 @given(problems(with_magnitude=True))
 def test_a_gain_of_one_is_the_identity_bitwise(p):
     plain = lowrank_linear(p["x"], Weight(p["W"]), None, p["B"], p["A"], p["scale"], p["B0"], p["A0"])
-    y = magnitude_linear(
-        p["x"], Weight(p["W"]), None, p["norm"].clone(), p["norm"], p["B"], p["A"], p["scale"], p["B0"], p["A0"]
-    )
+    y = magnitude_linear(p["x"], Weight(p["W"]), None, p["norm"].clone(), p["norm"], p["B"], p["A"], p["scale"], p["B0"], p["A0"])
     assert torch.equal(y, plain)
 
 

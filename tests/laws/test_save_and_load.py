@@ -145,7 +145,9 @@ def test_a_name_chosen_at_load_is_only_a_name(tmp_path):
 def starts_anew(monkeypatch):
     """Loading attaches as adapting does, and pays no heed to the file."""
     native = saving.attach
-    monkeypatch.setattr(saving, "attach", lambda model, name, sites, structures, fill, seed: native(model, name, sites, structures, None, seed))
+    monkeypatch.setattr(
+        saving, "attach", lambda model, name, sites, structures, fill, seed: native(model, name, sites, structures, None, seed)
+    )
 
 
 def loses_a_tensor(monkeypatch):
@@ -163,7 +165,10 @@ def saves_in_bf16(monkeypatch):
     native = saving.save_native
 
     def save_native(path, record):
-        tensors = {k: {n: t.bfloat16().to(t.dtype) if t.is_floating_point() else t for n, t in own.items()} for k, own in record.tensors.items()}
+        tensors = {
+            k: {n: t.bfloat16().to(t.dtype) if t.is_floating_point() else t for n, t in own.items()}
+            for k, own in record.tensors.items()
+        }
         native(path, dataclasses.replace(record, tensors=tensors))
 
     monkeypatch.setattr(saving, "save_native", save_native)

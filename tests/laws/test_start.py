@@ -47,7 +47,9 @@ def check_start(method, kind, dtype=torch.float64, case=None):
         if m.init.offset and not m.is_side:
             for slot in a.slots():
                 program = site_program(a.store, [slot], training=False)
-                check.bitwise(fold_weight(program), program.base.dense(), f"{slot.site.key}: an offset is zero, bitwise, at the start")
+                check.bitwise(
+                    fold_weight(program), program.base.dense(), f"{slot.site.key}: an offset is zero, bitwise, at the start"
+                )
 
 
 @pytest.mark.parametrize(("method", "kind"), cells())
@@ -162,6 +164,6 @@ def test_the_law_rejects_a_wrong_declaration(monkeypatch):
         check_start(lies, "linear")
 
 
-def test_dropout_on_nothing_is_nothing():
+def test_a_stochastic_method_is_among_them():
     with Checks("law 2, the registry") as check:
         check.that(any(trait(small(s).structure, "stochastic") for s in subjects()), "no stochastic method is under test")

@@ -25,7 +25,7 @@ from rankfold.errors import FileError
 
 from .adaptation import Adaptation
 from .engine import Engine
-from .saving import record_of
+from .saving import name_in_store, record_of
 
 __all__ = ["ADAPTER", "RunState", "flatten", "has_checkpoint", "load_checkpoint", "restore", "save_checkpoint", "unflatten"]
 
@@ -174,7 +174,7 @@ def restore(folder: str | Path, adaptation: Adaptation, state: RunState, name: s
                 if slices is None and tensor_name in saved.tensors[key]:
                     _copy(adaptation, stored, saved.tensors[key][tensor_name], folder)
         for short, value in saved.shared.items():
-            _copy(adaptation, f"{attached.member.name}/{short}", value, folder)
+            _copy(adaptation, name_in_store(attached.member.name, short), value, folder)
         for extra in attached.member.extras.values():
             _copy(adaptation, extra.key, saved.extras[extra.name], folder)
     attached.engine = Engine(attached.method.rank, attached.method.losses, adaptation.store, attached.member)

@@ -45,11 +45,7 @@ def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
         sites.append(SiteRecord(s.name, s.kind, s.shape, s.rows, rank, s.batch, s.group, s.tied, None if follows else alpha))
         own = {f: store.tensor(k).detach().cpu() for f, (k, _) in slot.binding.items() if k not in shared_keys}
         tensors[key] = own
-    prefix = member.name + "/"
-    shared = {
-        ":".join(key.removeprefix(prefix).rsplit("/", 1)): store.tensor(key).detach().cpu()  # names in files hold no path characters
-        for key in sorted(_shared(member.slots, member.name))
-    }
+    shared = {name_in_file(member.name, key): store.tensor(key).detach().cpu() for key in sorted(_shared(member.slots, member.name))}
     return NativeAdapter(
         method=a.method.text,
         options=dict(a.method.options),
@@ -62,6 +58,20 @@ def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
         trained={"seed": a.seed, **a.trained},
         untied=tuple(e.name for e in member.extras.values() if e.alone),
     )
+
+
+def name_in_file(owner: str, key: str) -> str:
+    """What a file calls a shared tensor of the store: no path characters.
+
+    >>> name_in_file("default", "default/group:layers.0/A"), name_in_store("default", "group:layers.0:A")
+    ('group:layers.0:A', 'default/group:layers.0/A')
+    """
+    return ":".join(key.removeprefix(owner + "/").rsplit("/", 1))
+
+
+def name_in_store(owner: str, name: str) -> str:
+    """The other way round."""
+    return "/".join([owner, *name.rsplit(":", 1)])
 
 
 def _shared(slots: Mapping[str, Slot], owner: str) -> set[str]:

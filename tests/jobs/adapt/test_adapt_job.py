@@ -12,7 +12,9 @@ import torch
 import rankfold as rf
 from rankfold.errors import DataError, FileError, InactiveError, OptionError, TargetError, UnknownName
 from rankfold.jobs.adapt import AdaptSettings, PredictSettings, adapt_job, predict_job
+from rankfold.jobs.adapt import inputs
 from rankfold.jobs.adapt import run as job
+from rankfold.jobs.data import Table
 from rankfold.jobs.models import load_model
 from rankfold.training.checkpoints import has_checkpoint
 from rankfold.training.loop import Interrupted
@@ -33,6 +35,13 @@ def folder(tmp_path_factory):
         file.writelines(json.dumps({"prompt": f"{k} + 1?", "completion": str(k + 1)}) + "\n" for k in range(24))
     (here / "book.txt").write_text("It was a dark and stormy night.\n" * 30)
     return here
+
+
+@pytest.fixture(autouse=True)
+def _page(request, monkeypatch):
+    """Drawing takes longer than training here: only the tests that look at the page draw it."""
+    if "every_task" not in request.node.name:
+        monkeypatch.setattr("rankfold.jobs.adapt.outcome.write_report", lambda *a: None)
 
 
 def settings(folder, task, out, **more):
@@ -280,12 +289,21 @@ def test_the_base_alone_can_embed(folder, tmp_path):
     assert len(rows[0]["embedding"]) == 64
 
 
-def test_minilm_on_the_built_in_set_brings_its_own_test(tmp_path):
-    result = adapt_job(
-        AdaptSettings.of(
-            model="minilm", data="stdlib-docs", task="classify", out=tmp_path, limit=60, max_steps=1, batch_size=4, max_length=8,
-            valid=0, device="cpu", quiet=True, dry_run=True,
-        )
-    )  # fmt: skip
+def test_minilm_with_a_head(folder, tmp_path):
+    result = adapt_job(settings(folder, "classify", tmp_path, model="minilm", max_length=8, dry_run=True))
     assert len(result.metrics["sites"]) == 37 + 2
     assert result.metrics["dropped"] == []
+
+
+def test_a_built_in_set_brings_its_own_test(monkeypatch, tmp_path):
+    asked = []
+
+    def read(source, task, columns, **options):
+        asked.append((source, options.get("split")))
+        return Table({"text": tuple("abcdefghij" * 4), "label": tuple("xy" * 20)}, source)
+
+    monkeypatch.setattr(inputs, "read", read)
+    found = inputs.read_inputs(AdaptSettings.of(model="m", data="stdlib-docs", task="classify", out=tmp_path))
+    assert asked == [("stdlib-docs", None), ("stdlib-docs", "test")]
+    assert found.test is not None
+    assert found.labels == ("x", "y")

@@ -39,7 +39,9 @@ class Gate(Decorator):
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
         if self.per == "rank" and len(inside := layers(self.inner)) > 1:
             names = " over ".join(type(layer).__name__ for layer in inside)
-            raise CompositionError(f"gate.per='rank' weighs the components of one structure; put it directly around one, not {names}")
+            raise CompositionError(
+                f"gate.per='rank' weighs the components of one structure; put it directly around one, not {names}"
+            )
         shapes = {"site": (), "row": (site.shape[0],), "rank": (getattr(self.inner.core, "rank", 0),)}
         role = "gate" if self.per == "rank" else "value"  # policies and inits know a gate as one number per component
         return {"gate": Spec(shapes[self.per], role=role, start=self.start)}
