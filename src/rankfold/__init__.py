@@ -1,5 +1,5 @@
-"""rankfold: low-rank learning for PyTorch. Every method is one small file, every two methods compose or say why not, and no method
-ever touches the base weights.
+"""rankfold: low-rank learning for PyTorch. Every method is one small file, every two methods compose or say why not, and no
+method ever touches the base weights.
 
     import rankfold as rf
     adaptation = rf.adapt(model, "dora", rank=8)

@@ -12,7 +12,16 @@ import torch
 import rankfold as rf
 from rankfold.adapters.files import read_tensors
 from rankfold.errors import FileError, OptionError
-from rankfold.training.checkpoints import ADAPTER, RunState, flatten, has_checkpoint, load_checkpoint, restore, save_checkpoint, unflatten
+from rankfold.training.checkpoints import (
+    ADAPTER,
+    RunState,
+    flatten,
+    has_checkpoint,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    unflatten,
+)
 from rankfold.training.loop import Interrupted, LoopSettings, train
 from rankfold.training.saving import load
 

@@ -36,11 +36,22 @@ if TYPE_CHECKING:
     from .folding import fold, folded_weights, unfold
     from .host import Host, site_program
     from .options import Options, option_names
+    from .planner import PLANS, Program, explain, run
     from .probing import CallWatch, call_model, probe
     from .registry import AXES, Entry, entries, find, load_file, register, resolve
-    from .planner import PLANS, Program, explain, run
     from .site import SITE_KINDS, Site, Targets, every_site, find_sites
     from .store import Extra, Member, Slot, Store, store_of
     from .structure import (
-        Context, Decorator, Offset, SideModule, Spec, Stack, StartContext, Structure, Tensors, kaiming, layers, trait,
+        Context,
+        Decorator,
+        Offset,
+        SideModule,
+        Spec,
+        Stack,
+        StartContext,
+        Structure,
+        Tensors,
+        kaiming,
+        layers,
+        trait,
     )

@@ -36,8 +36,11 @@ def _with_shape(spec: Spec, shape: tuple[int, ...]) -> Spec:
     return Spec(shape, spec.role, spec.trainable, spec.scope, spec.join, spec.start, spec.dtype)
 
 
-def check_sites(model: nn.Module, structure: Structure, sites: Sequence[Site], automatic: bool) -> tuple[list[Site], list[tuple[str, str]]]:
-    """(sites that can carry the structure, [(site, why not)]). What the user named is refused with an error, what we chose is listed.
+def check_sites(
+    model: nn.Module, structure: Structure, sites: Sequence[Site], automatic: bool
+) -> tuple[list[Site], list[tuple[str, str]]]:
+    """(sites that can carry the structure, [(site, why not)]). What the user named is refused with an error, what we chose
+    is listed.
 
     Raises:
         TargetError: a named site can't carry the structure, or none is left. A rank above the matrix is an error either way.
@@ -47,7 +50,9 @@ def check_sites(model: nn.Module, structure: Structure, sites: Sequence[Site], a
     for site in sites:
         wrong = structure.fits(site)
         if wrong and "larger than the matrix" in wrong:
-            raise TargetError(f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}")
+            raise TargetError(
+                f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
+            )
         reason = wrong or _kind_refusal(structure, site) or _place_refusal(modules, site)
         if reason and not automatic:
             raise TargetError(f"{site.key}: {reason}")
@@ -131,7 +136,8 @@ def attach(
 
 
 def _leave_fast_path(modules: Mapping[str, nn.Module], site: Site) -> None:
-    """An encoder layer of torch's own reads its weights without calling them, unless some module inside has a hook: so it gets one."""
+    """An encoder layer of torch's own reads its weights without calling them, unless some module inside has a hook: so it
+    gets one."""
     path = site.name
     while "." in path:
         path = path.rpartition(".")[0]
@@ -159,7 +165,9 @@ def _key(member: Member, site: Site, name: str, spec: Spec) -> str:
     return f"{member.name}/{site.key}/{name}"
 
 
-def _join(member: Member, sites: Sequence[Site], specs: Mapping[str, Mapping[str, Spec]]) -> dict[str, dict[str, tuple[int, ...]]]:
+def _join(
+    member: Member, sites: Sequence[Site], specs: Mapping[str, Mapping[str, Spec]]
+) -> dict[str, dict[str, tuple[int, ...]]]:
     """Requests for shared tensors, {key: {site key: requested shape}}, in sorted site order."""
     requests: dict[str, dict[str, tuple[int, ...]]] = {}
     for site in sorted(sites, key=lambda s: s.key):
@@ -176,7 +184,9 @@ def joined_shape(join: str, shapes: Sequence[tuple[int, ...]], name: str) -> tup
     if join == "cat":
         return (sum(s[0] for s in shapes), *shapes[0][1:])
     if len(set(shapes)) > 1:
-        raise CompositionError(f"shared tensor {name!r} is asked for in different shapes {sorted(set(shapes))}: choose sites of one shape")
+        raise CompositionError(
+            f"shared tensor {name!r} is asked for in different shapes {sorted(set(shapes))}: choose sites of one shape"
+        )
     return shapes[0]
 
 
@@ -263,7 +273,9 @@ def add_extra(store: Store, member: Member, module_name: str, param: str, alone:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     store.put(key, parameter.detach().clone().to(dtype if parameter.is_floating_point() else parameter.dtype), True)
     first = Extra(module_name, param, key, alone)
-    member.extras = dict(sorted({**member.extras, first.name: first}.items()))  # an order of its own, for optimizers after a restart
+    member.extras = dict(
+        sorted({**member.extras, first.name: first}.items())
+    )  # an order of its own, for optimizers after a restart
     for path, module in {module_name: modules[module_name]}.items() if alone else modules.items():
         for name, value in module._parameters.items():
             if value is parameter:
@@ -272,7 +284,8 @@ def add_extra(store: Store, member: Member, module_name: str, param: str, alone:
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take one adapter off: its tensors leave the store, modules without adapters get their class back, the last one unfreezes the base.
+    """Take one adapter off: its tensors leave the store, modules without adapters get their class back, the last one
+    unfreezes the base.
 
     Raises:
         UnknownName: no adapter of that name. LayoutError: the model is folded.

@@ -20,8 +20,8 @@ CHUNK_BYTES = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class Base(Operator):
-    """A frozen weight. Beyond an operator: `matmul` takes the bias and returns a fresh tensor that may be written; `gather()` is the only
-    way to read a weight outside the forward pass; row norms are cached with the version of the storage."""
+    """A frozen weight. Beyond an operator: `matmul` takes the bias and returns a fresh tensor that may be written; `gather()`
+    is the only way to read a weight outside the forward pass; row norms are cached with the version of the storage."""
 
     module: nn.Module
     site: Site
@@ -64,7 +64,8 @@ class Base(Operator):
 
 @dataclass(frozen=True, eq=False)
 class DenseBase(Base):
-    """A weight stored as a plain tensor; the module is asked for it anew at each use, since `.to`, fold and sharding replace it."""
+    """A weight stored as a plain tensor; the module is asked for it anew at each use, since `.to`, fold and sharding replace
+    it."""
 
     @property
     def stored(self) -> Tensor:

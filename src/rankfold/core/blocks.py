@@ -39,5 +39,7 @@ def find_blocks(model: nn.Module, targets: Targets) -> list[Site]:
     wanted = sites if targets.automatic else [s for s in sites if any(targets.matches(p, s.name) for p in targets.patterns)]
     chosen = [s for s in wanted if not any(targets.matches(p, s.name) for p in targets.exclude)]
     if not chosen:
-        raise TargetError(f"targets: {', '.join(targets.patterns)} names none of the {len(sites)} blocks {sites[0].name} ... {sites[-1].name}")
+        raise TargetError(
+            f"targets: {', '.join(targets.patterns)} names none of the {len(sites)} blocks {sites[0].name} ... {sites[-1].name}"
+        )
     return chosen

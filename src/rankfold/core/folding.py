@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from rankfold.errors import LayoutError
@@ -31,7 +30,9 @@ def _check(store: Store) -> None:
     for name in store.active:
         for slot in store.members[name].slots.values():
             if slot.base is None:
-                raise LayoutError(f"adapter {name!r}: {slot.site.name} carries a side module, which is no weight: it can't be folded")
+                raise LayoutError(
+                    f"adapter {name!r}: {slot.site.name} carries a side module, which is no weight: it can't be folded"
+                )
 
 
 def folded_weights(store: Store) -> dict[str, Tensor]:
@@ -82,7 +83,9 @@ def fold(store: Store) -> dict[str, float]:
         assert original is not None
         sharers = [name for name in users[id(original)] if name != path]
         if sharers:
-            warnings.warn(f"fold: {path} shared its weight with {', '.join(sharers)}; it now has a folded one of its own", stacklevel=3)
+            warnings.warn(
+                f"fold: {path} shared its weight with {', '.join(sharers)}; it now has a folded one of its own", stacklevel=3
+            )
         errors[path] = _rounding(store, module, host, W)
         module._parameters["weight"] = nn.Parameter(W, requires_grad=False)
         store.folded.setdefault(path, []).append(("weight", original))

@@ -26,7 +26,8 @@ __all__ = ["Host", "fold_weight", "host_module", "hosted", "refusal", "release_m
 
 
 class Host:
-    """What stands behind a hosted module: its adapters' slots by site, its extra parameters, its side modules, and a call counter."""
+    """What stands behind a hosted module: its adapters' slots by site, its extra parameters, its side modules, and a call
+    counter."""
 
     def __init__(self, store: Store, path: str) -> None:
         self.store = store
@@ -68,7 +69,8 @@ class Host:
         return changed if isinstance(weight, float | int) and weight == 1.0 else h + weight * (changed - h)
 
     def _own(self, module: nn.Module, store: Store) -> dict[str, Tensor]:
-        """The adapter's own parameters in the dtype of those that they stand for: the masters are float32, the module may be bf16."""
+        """The adapter's own parameters in the dtype of those that they stand for: the masters are float32, the module may be
+        bf16."""
         on = [extra for name, extra in self.extras if name in store.active]
         return {e.param: like(store.tensor(e.key), module._parameters[e.param]) for e in on}  # type: ignore[arg-type]
 
@@ -139,9 +141,7 @@ def site_program(store: Store, slots: Sequence[Slot], training: bool) -> Program
         scales = iter(values[sum(len(t) for t in ts) :])
         for slot, t, weight, seed in zip(slots, ts, weights, seeds):
             here, values = type(t)(*values[: len(t)]), values[len(t) :]
-            ctx = Context(
-                training, x, context.weights, context.token_mask, context.conditioning, context.time, seed
-            )
+            ctx = Context(training, x, context.weights, context.token_mask, context.conditioning, context.time, seed)
             expr = slot.weight(here, ctx)
             if alone:
                 return expr
@@ -176,7 +176,8 @@ def swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
 
 @functools.cache
 def hosted(cls: Any) -> type[nn.Module]:
-    """The cached subclass of `cls` whose forward asks the host first. It keeps the name of `cls`, and pickles and copies as itself."""
+    """The cached subclass of `cls` whose forward asks the host first. It keeps the name of `cls`, and pickles and copies as
+    itself."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_rankfold"].forward(self, cls.forward, args, kwargs)
@@ -185,7 +186,13 @@ def hosted(cls: Any) -> type[nn.Module]:
         return _revive, (cls,), self.__dict__
 
     forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # signatures are read by libraries that filter arguments
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_native": cls}
+    body = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_native": cls,
+    }
     return type(cls.__name__, (cls,), body)
 
 

@@ -1,7 +1,7 @@
 """The planner: the one place that decides how an expression in W runs.
 
     fused        Base + LowRank(s) [+ Magnitude]: one autograd function
-    structured   the base by its own product, every other term by its own; intermediates kept, or recomputed from the site's tensors
+    structured   the base by its own product, every other term by its own; intermediates kept, or recomputed
     effective    build W', rebuild it in backward: universal, keeps only x and the site's tensors
     plain        pure autograd: under torch.compile, functorch, for second derivatives, or over a base that trains
 
@@ -48,7 +48,8 @@ class Fused(NamedTuple):
 
 @dataclass
 class Program:
-    """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate looks at it).
+    """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate
+    looks at it).
 
     `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists.
     An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
@@ -94,7 +95,8 @@ def _tensors(expr: Operator, base: Base) -> Iterator[Tensor]:
 def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "auto", memory: str = "auto") -> Tensor:
     """y = x W'ᵀ + bias for the program's W', by the plan named or the cheapest.
 
-    Products run in the dtype that nn.Linear would use here (autocast's, else that of x); gains, norms and factor algebra in float32.
+    Products run in the dtype that nn.Linear would use here (autocast's, else that of x); gains, norms and factor algebra in
+    float32.
 
     Raises:
         LayoutError: the plan named cannot run this expression (no fused form; no W' where a gate depends on the input).
@@ -147,7 +149,8 @@ def _plain(program: Program, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(op: Operator, base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x opᵀ + bias, with the bias inside the product of the weight that leads: the same bits as nn.Linear where the change is zero."""
+    """x opᵀ + bias, with the bias inside the product of the weight that leads: the same bits as nn.Linear where the change
+    is zero."""
     if op is base:
         return base.matmul(x, bias)
     if isinstance(op, Dense):
@@ -199,7 +202,8 @@ def _fused_form(expr: Operator, base: Base) -> Fused | None:
 
 def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
     if f.magnitude is None:
-        assert f.B is not None and f.A is not None
+        assert f.B is not None
+        assert f.A is not None
         return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop)
     return magnitude_linear(
         x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude, f), f.B, f.A, f.scale, f.B0, f.A0, f.drop
@@ -294,9 +298,9 @@ def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + like(bias, y)
 
 
-def _at(expr: Operator, path: tuple) -> Operator:
+def _at(expr: Any, path: tuple) -> Operator:
     for step in path:
-        expr = getattr(expr, "terms")[step] if isinstance(step, int) else getattr(expr, step)
+        expr = expr.terms[step] if isinstance(step, int) else getattr(expr, step)
     return expr
 
 

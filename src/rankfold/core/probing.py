@@ -43,7 +43,7 @@ def counts(store: Store, member: Member) -> dict[str, int]:
 def bypassed(keys: list[str]) -> str:
     return (
         f"{len(keys)} site(s) were not called by the forward pass: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}. "
-        f"Something reads the weight without calling the module (fused attention, a fast path), or the model did not run that part. "
+        f"Something reads the weight without calling the module (fused attention, a fast path), or the model left it out. "
         f"Leave them out: exclude={sorted({k.partition('[')[0] for k in keys})[:3]}"
     )
 
@@ -100,7 +100,9 @@ def probe(
     finally:
         model.train(mode)
     if without and not automatic:
-        raise InactiveError(f"no gradient reaches {', '.join(without)}: the loss does not depend on these sites; leave them out of targets")
+        raise InactiveError(
+            f"no gradient reaches {', '.join(without)}: the loss does not depend on these sites; leave them out of targets"
+        )
     return [(key, "gets no gradient") for key in without]
 
 

@@ -1,7 +1,8 @@
 """The catalogue's index: members of each axis, found by folder and read by parsing; imported only when used.
 
 A new method is one new file below `rankfold/methods/<axis>s/`. Third parties register through the entry point group
-`rankfold.methods` (a module name), a file named in the environment variable RANKFOLD_METHODS (paths joined like PATH), or `load_file`.
+`rankfold.methods` (a module name), a file named in the environment variable RANKFOLD_METHODS (paths joined like PATH), or
+`load_file`.
 Listing needs no torch: names, options and one-line descriptions are literals in the source.
 """
 
@@ -73,7 +74,9 @@ def register(axis: str, name: str, *, paper: str | None = None, aliases: tuple[s
 
     def mark(cls: type[T]) -> type[T]:
         if getattr(cls, "__name__", "") and _classes.get((axis, name), cls).__qualname__ != cls.__qualname__:
-            raise CompositionError(f"{axis}:{name} is registered twice: by {_classes[(axis, name)].__qualname__} and {cls.__qualname__}")
+            raise CompositionError(
+                f"{axis}:{name} is registered twice: by {_classes[(axis, name)].__qualname__} and {cls.__qualname__}"
+            )
         for key in (name, *aliases):
             _classes[(axis, key)] = cls
         cls.axis, cls.name, cls.paper = axis, name, paper  # type: ignore[attr-defined]
@@ -144,7 +147,9 @@ def _fields(node: ast.ClassDef) -> tuple[tuple[Option, ...], tuple[tuple[str, st
 
 def entries(axis: str | None = None) -> list[Entry]:
     """Every member known, in the order of axes and names. Imports nothing but this file."""
-    files = [f for a in AXES for f in sorted((ROOT / (a + "s" if a != "loss" else "losses")).glob("*.py")) if f.stem != "__init__"]
+    files = [
+        f for a in AXES for f in sorted((ROOT / (a + "s" if a != "loss" else "losses")).glob("*.py")) if f.stem != "__init__"
+    ]
     found: dict[tuple[str, str], Entry] = {}
     for file in [*files, *_plugin_files(), *_extra_files]:
         for entry in _read(file, file.stat().st_mtime_ns):
@@ -170,7 +175,8 @@ def resolve(entry: Entry) -> type[Any]:
         else:
             module_name = f"rankfold_plugin_{entry.file.stem}_{abs(hash(entry.file)):x}"
             spec = importlib.util.spec_from_file_location(module_name, entry.file)
-            assert spec and spec.loader
+            assert spec
+            assert spec.loader
             sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     return _classes[key]

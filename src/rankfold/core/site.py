@@ -6,6 +6,7 @@ A `Site` speaks of the map R^in -> R^out, whatever the storage: methods see `(ou
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -105,9 +106,9 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Targets:
-    """Patterns that choose sites: "all-linear", names ("query", "layer.0.attention.self.query"), globs ("*.attention.*"), row slices
-    ("c_attn[q]", "c_attn[0:768]"); comma-separated or a list. Regular expressions ("re:...") only where `regex=True`: a pattern
-    from a file is never compiled as one.
+    """Patterns that choose sites: "all-linear", names ("query", "layer.0.attention.self.query"), globs ("*.attention.*"), row
+    slices ("c_attn[q]", "c_attn[0:768]"); comma-separated or a list. Regular expressions ("re:...") only where `regex=True`:
+    a pattern from a file is never compiled as one.
 
     Raises:
         TargetError: a pattern matches nothing; the message lists the nearest names.
@@ -118,7 +119,9 @@ class Targets:
     regex: bool = False
 
     @classmethod
-    def of(cls, targets: str | Sequence[str] | Targets = ALL_LINEAR, exclude: str | Sequence[str] = (), regex: bool = False) -> Targets:
+    def of(
+        cls, targets: str | Sequence[str] | Targets = ALL_LINEAR, exclude: str | Sequence[str] = (), regex: bool = False
+    ) -> Targets:
         if isinstance(targets, Targets):
             return targets
         return cls(_patterns(targets), _patterns(exclude), regex)
@@ -131,13 +134,25 @@ class Targets:
     def matches(self, pattern: str, name: str) -> bool:
         if pattern.startswith("re:"):
             if not self.regex:
-                raise TargetError(f"targets: {pattern!r}: regular expressions are taken only from your own command line (regex=True)")
+                raise TargetError(
+                    f"targets: {pattern!r}: regular expressions are taken only from your own command line (regex=True)"
+                )
             return re.fullmatch(pattern[3:], name) is not None
-        return name == pattern or name.endswith("." + pattern) or (any(c in pattern for c in "*?") and fnmatch.fnmatchcase(name, pattern))
+        return (
+            name == pattern
+            or name.endswith("." + pattern)
+            or (any(c in pattern for c in "*?") and fnmatch.fnmatchcase(name, pattern))
+        )
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) and not value.startswith("re:") else [value] if isinstance(value, str) else value
+    parts = (
+        value.split(",")
+        if isinstance(value, str) and not value.startswith("re:")
+        else [value]
+        if isinstance(value, str)
+        else value
+    )
     return tuple(p.strip() for p in parts if p.strip())
 
 
@@ -145,7 +160,9 @@ def _rows(spec: str, site: Site, pattern: str) -> tuple[int, int]:
     out = site.shape[0]
     if spec in "qkv" and len(spec) == 1:
         if out % 3:
-            raise TargetError(f"targets: {pattern!r}: {out} rows of {site.name} don't split into q, k, v; give a range like [0:{out // 2}]")
+            raise TargetError(
+                f"targets: {pattern!r}: {out} rows of {site.name} don't split into q, k, v; give a range like [0:{out // 2}]"
+            )
         start = "qkv".index(spec) * (out // 3)
         return start, start + out // 3
     match = re.fullmatch(r"(\d+):(\d+)", spec)
@@ -154,10 +171,13 @@ def _rows(spec: str, site: Site, pattern: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def find_sites(model: nn.Module, targets: str | Sequence[str] | Targets = ALL_LINEAR, exclude: str | Sequence[str] = ()) -> list[Site]:
+def find_sites(
+    model: nn.Module, targets: str | Sequence[str] | Targets = ALL_LINEAR, exclude: str | Sequence[str] = ()
+) -> list[Site]:
     """The sites that `targets` choose, in module order.
 
-    "all-linear" takes every linear and transposed linear layer except output heads, routers and embeddings; "all" takes every site.
+    "all-linear" takes every linear and transposed linear layer except output heads, routers and embeddings; "all" takes
+    every site.
 
     Raises:
         TargetError: nothing matches a pattern (nearest names shown), or nothing is left after `exclude`.
@@ -203,7 +223,7 @@ def _refuse_overlap(sites: Iterable[Site]) -> None:
         by_name.setdefault(site.name, []).append(site)
     for name, group in by_name.items():
         spans = sorted(s.rows or (0, 1 << 62) for s in group)
-        for (_, stop), (start, _) in zip(spans, spans[1:]):
+        for (_, stop), (start, _) in itertools.pairwise(spans):
             if start < stop:
                 raise TargetError(f"targets: {name} is chosen twice, by overlapping rows: {', '.join(s.key for s in group)}")
 

@@ -27,12 +27,13 @@ __all__ = ["Extra", "Member", "Slot", "Store", "store_of"]
 
 CHILD = "rankfold"
 
+
 @dataclass(eq=False)
 class Slot:
     """One adapter at one site: its structure there, and where its tensors stand in the store.
 
-    `binding` maps each field of t to (name in the store, slices): shared tensors hand out slices. The fields that `emits` names are
-    filled by `prepare`, once per forward of the model. A side module has no base.
+    `binding` maps each field of t to (name in the store, slices): shared tensors hand out slices. The fields that `emits`
+    names are filled by `prepare`, once per forward of the model. A side module has no base.
     """
 
     member: Member
@@ -241,7 +242,9 @@ def store_of(model: nn.Module, create: bool = False) -> Store | None:
     store = model._modules.get(CHILD)
     if store is None and create:
         if hasattr(model, CHILD):
-            raise LayoutError(f"{type(model).__name__} has an attribute 'rankfold' of its own; adapters can't be registered there")
+            raise LayoutError(
+                f"{type(model).__name__} has an attribute 'rankfold' of its own; adapters can't be registered there"
+            )
         store = Store(model)
         model.add_module(CHILD, store)
     return store if isinstance(store, Store) else None

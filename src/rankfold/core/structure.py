@@ -25,8 +25,18 @@ from .options import Options
 from .site import Site
 
 __all__ = [
-    "Context", "Decorator", "Offset", "SideModule", "Spec", "Stack", "StartContext", "Structure", "Tensors", "kaiming",
-    "layers", "trait",
+    "Context",
+    "Decorator",
+    "Offset",
+    "SideModule",
+    "Spec",
+    "Stack",
+    "StartContext",
+    "Structure",
+    "Tensors",
+    "kaiming",
+    "layers",
+    "trait",
 ]
 
 Tensors = Any
@@ -35,7 +45,8 @@ Tensors = Any
 
 @dataclass(frozen=True)
 class StartContext:
-    """What a start law may look at: the tensor's shape, a generator of its own, the site and its base weight, and the tensors before it."""
+    """What a start law may look at: the tensor's shape, a generator of its own, the site and its base weight, and the
+    tensors before it."""
 
     shape: tuple[int, ...]
     random: Random
@@ -166,7 +177,7 @@ class Structure(Options):
         if "rank" not in known:
             raise CompositionError(f"{type(self).__name__} has no rank that could be redistributed")
         changes: dict[str, Any] = {"rank": rank}
-        old, old_rank = getattr(self, "alpha", None), getattr(self, "rank")
+        old, old_rank = getattr(self, "alpha", None), self.rank
         if alpha is not None:
             changes["alpha"] = alpha
         elif rank == old_rank:

@@ -21,7 +21,8 @@ Drop = tuple[float, int] | None
 
 
 def stack_factors(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors to multiply by, in `dtype`: (B, A), or ([B − B₀, B₀], [A; A − A₀]) with the differences taken at full precision."""
+    """The factors to multiply by, in `dtype`: (B, A), or ([B − B₀, B₀], [A; A − A₀]) with the differences taken at full
+    precision."""
     if B0 is None or A0 is None:
         return B.to(dtype), A.to(dtype)
     return torch.cat([B - B0, B0], 1).to(dtype), torch.cat([A, A - A0], 0).to(dtype)

@@ -17,7 +17,8 @@ __all__ = ["Dropout", "TokenGate", "keep_mask"]
 def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
     """A mask of zeros and, with probability 1 − p (p rounded to 1/65536), ones; the same for the same seed, shape and device.
 
-    Four entries are cut from each 64-bit draw: on a CPU several times faster than one draw per entry. They stay int16, compared in
+    Four entries are cut from each 64-bit draw: on a CPU several times faster than one draw per entry. They stay int16,
+    compared in
     place: a CPU casts those to a float ten times faster than booleans.
 
     >>> float(keep_mask((1000, 100), 0.25, 7, torch.device("cpu")).float().mean().round(decimals=2))

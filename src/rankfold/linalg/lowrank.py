@@ -92,7 +92,8 @@ class LowRank(Operator):
         return ((B @ (A @ A.mT)) * B).sum(-1).clamp_min(0.0)  # rounding can fall below zero
 
     def row_dot(self, other: Operator) -> Tensor:
-        """Σ_k B'_jk (other Aᵀ)_jk: asks `other` for r products only, in its own dtype, in which a forward pass reads A as well."""
+        """Σ_k B'_jk (other Aᵀ)_jk: asks `other` for r products only, in its own dtype, in which a forward pass reads A as
+        well."""
         B, A = self.factors()
         return (at_least_float32(B) * other.matmul(like(A, next(other.leaves()))).mT).sum(-1)
 

@@ -1,7 +1,7 @@
 """The catalogue: one file per idea, in a folder per axis.
 
-The package shares its name with `rf.methods()`, and Python puts an imported package in the place of the function: so it answers calls
-like the function does.
+The package shares its name with `rf.methods()`, and Python puts an imported package in the place of the function: so it
+answers calls like the function does.
 """
 
 import sys

@@ -17,8 +17,8 @@ __all__ = ["recomputing"]
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Within the block the model's layers recompute their activations in the backward pass.
 
-    The form that needs no gradient at a layer's input is asked for, and the embedding's output is made to have one as well: with a
-    frozen base the older form drops every gradient without a word.
+    The form that needs no gradient at a layer's input is asked for, and the embedding's output is made to have one as well:
+    with a frozen base the older form drops every gradient without a word.
 
     Raises:
         LayoutError: a model that has no such switch.

@@ -215,7 +215,13 @@ class Adaptation:
         return terms
 
     def optimizer(
-        self, lr: float = 1e-3, weight_decay: float = 0.0, *, name: str | None = None, total_steps: int | None = None, **options: Any
+        self,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        name: str | None = None,
+        total_steps: int | None = None,
+        **options: Any,
     ) -> torch.optim.Optimizer:
         """The optimizer of the method's update over this adapter's tensors, with its rank policy acting around each step.
 
@@ -239,7 +245,8 @@ class Adaptation:
     # files
 
     def save(self, path: str | Path, name: str | None = None) -> Path:
-        """Write one adapter to a folder: tensors as they are trained, method, base fingerprint. A crash leaves the previous one whole."""
+        """Write one adapter to a folder: tensors as they are trained, method, base fingerprint. A crash leaves the previous
+        one whole."""
         from .saving import save
 
         return save(self, path, name)
@@ -395,7 +402,9 @@ def _roles(structure: Structure, specs: Mapping[str, Spec]) -> Any:
     return roles_of(specs, getattr(structure.core, "rank", 0) or 0, structure.scale)
 
 
-def _allocate(m: Method, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> tuple[dict[str, Structure], list[tuple[str, str]]]:
+def _allocate(
+    m: Method, sites: Sequence[Site], statistics: Mapping[str, Statistic]
+) -> tuple[dict[str, Structure], list[tuple[str, str]]]:
     if not m.rank.allocates:
         return {s.key: m.structure for s in sites}, []
     scores = {}
@@ -403,7 +412,7 @@ def _allocate(m: Method, sites: Sequence[Site], statistics: Mapping[str, Statist
         found = m.init.scores(site, statistics[site.key]) if site.key in statistics else None
         if found is not None:
             scores[site.key] = found
-    start = getattr(m.structure.core, "rank")
+    start = m.structure.core.rank
     limits, costs = {s.key: min(s.shape) for s in sites}, {s.key: sum(s.shape) for s in sites}
     ranks = m.rank.allocate(scores, dict.fromkeys(limits, start), limits, costs)
     structures = {key: m.structure.at_rank(r) for key, r in ranks.items() if r}
@@ -416,7 +425,9 @@ def _filler(m: Method, statistics: Mapping[str, Statistic], seed: int) -> Any:
     def fill(site: Site, structure: Structure, base: Base, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
         roles = _roles(structure, specs)
         with torch.no_grad():
-            values = m.init.fill(site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key)))
+            values = m.init.fill(
+                site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key))
+            )
         names = {spec.role: n for n, spec in specs.items() if spec.role in values and (spec.trainable or spec.role.endswith("0"))}
         return {names[role]: value for role, value in values.items() if role in names}
 
@@ -445,7 +456,8 @@ def _add_extras(store: Store, member: Member, m: Method, sites: Sequence[Site], 
 
 
 class OwnUpdate:
-    """Law 6 for updates and policies: if another optimizer moved the tensors of a method that needs ours, the next forward raises."""
+    """Law 6 for updates and policies: if another optimizer moved the tensors of a method that needs ours, the next forward
+    raises."""
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached

@@ -1,4 +1,5 @@
-"""The contracts of the other axes: where tensors start, how capacity is spread, how a gradient becomes a step, what is added to the loss.
+"""The contracts of the other axes: where tensors start, how capacity is spread, how a gradient becomes a step, what is added
+to the loss.
 
 Members are frozen dataclasses whose fields are their options. What composes with what follows from the traits declared here.
 """
@@ -108,7 +109,8 @@ class Init(Options):
 
 @dataclass
 class SiteView:
-    """A site as a rank policy sees it: tensors and gradients by role, and tensors of the policy's own that are saved with the run."""
+    """A site as a rank policy sees it: tensors and gradients by role, and tensors of the policy's own that are saved with
+    the run."""
 
     key: str
     site: Site
@@ -153,8 +155,8 @@ class RankPolicy(Options):
         limits: Mapping[str, int],
         costs: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """Ranks by site key before training; 0 removes the adapter there. `ranks` is the uniform start, `limits` min(out, in), `costs` the
-        parameters of one rank. A site without scores keeps its rank."""
+        """Ranks by site key before training; 0 removes the adapter there. `ranks` is the uniform start, `limits` min(out,
+        in), `costs` the parameters of one rank. A site without scores keeps its rank."""
         return dict(ranks)
 
     def on_step(self, t: int, total: int, sites: Sequence[SiteView]) -> list[Edit]:
@@ -172,8 +174,8 @@ class RankPolicy(Options):
 
 @dataclass(frozen=True)
 class Trainable:
-    """One tensor as an update sees it: with its role, its site and the site's kind, the scale of its product and, for offsets, where it
-    started."""
+    """One tensor as an update sees it: with its role, its site and the site's kind, the scale of its product and, for
+    offsets, where it started."""
 
     name: str
     param: torch.nn.Parameter
@@ -196,7 +198,9 @@ class Update(Options):
     requires: ClassVar[frozenset[str]] = frozenset()
     own: ClassVar[bool] = True
 
-    def optimizer(self, tensors: Sequence[Trainable], lr: float, weight_decay: float = 0.0, **options: Any) -> torch.optim.Optimizer:
+    def optimizer(
+        self, tensors: Sequence[Trainable], lr: float, weight_decay: float = 0.0, **options: Any
+    ) -> torch.optim.Optimizer:
         raise NotImplementedError
 
 
@@ -229,7 +233,8 @@ def require(member: Any, roles: Roles, structure: str) -> None:
     missing = sorted(member.requires - set(roles.shapes))
     if missing:
         raise CompositionError(
-            f"{structure} + {member.name}: {member.axis} {member.name!r} works on trainable {', '.join(sorted(member.requires))}; "
+            f"{structure} + {member.name}: {member.axis} {member.name!r} works on trainable "
+            f"{', '.join(sorted(member.requires))}; "
             f"structure {structure!r} trains {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
             f"  every pair and its reason: rankfold methods --matrix"
         )

@@ -91,7 +91,7 @@ def _one(token: str, alone: bool) -> tuple[list[Entry], dict[str, Any]]:
         raise CompositionError(f"{name!r} is a member of several axes: {', '.join(e.key for e in found)}; write one of these")
     if not found:
         known = [e.name for e in registry.entries(axis or None)] + ([] if axis else list(named))
-        raise UnknownName.of("method" if not axis else axis, name, known, "every name: rankfold methods")
+        raise UnknownName.of(axis if axis else "method", name, known, "every name: rankfold methods")
     return found, {}
 
 
@@ -107,8 +107,9 @@ def _expand(parts: str, options: dict[str, Any]) -> tuple[list[Entry], dict[str,
 def method(text: str | Method, **options: Any) -> Method:
     """The method that a name or a chain stands for: "lora", "dora", "magnitude+hra", "dora+init:eva+loraplus".
 
-    "+" only separates; decorators come first, the leftmost outermost. A bare name alone may be a composition of the catalogue; inside a
-    chain it is a member of an axis; `axis:name` is explicit. Options are bare where one part owns the name (`rank=8`), else `part.option`.
+    "+" only separates; decorators come first, the leftmost outermost. A bare name alone may be a composition of the
+    catalogue; inside a chain it is a member of an axis; `axis:name` is explicit. Options are bare where one part owns the
+    name (`rank=8`), else `part.option`.
 
     Raises:
         UnknownName: a name or an option that nobody knows; the nearest are listed.
@@ -164,7 +165,9 @@ def _refuse_doubles(found: list[Entry]) -> None:
         if single in seen:
             other = seen[single]
             what = "the same structure twice" if entry.axis == "structure" else f"two of axis {entry.axis}"
-            raise CompositionError(f"{other.key} + {entry.key}: {what}; attach the second as an adapter of its own (name='second')")
+            raise CompositionError(
+                f"{other.key} + {entry.key}: {what}; attach the second as an adapter of its own (name='second')"
+            )
         seen[single] = entry
 
 
@@ -172,14 +175,18 @@ def _assign(classes: list[tuple[Entry, type]], options: Mapping[str, Any]) -> di
     """Options to their owners: {member key: {option: value}}."""
     owners = {e.key: (e, set(option_names(cls))) for e, cls in classes}
     values: dict[str, dict[str, Any]] = {key: {} for key in owners}
-    every = sorted({f"{e.name}.{o}" for e, names in owners.values() for o in names} | {o for _, names in owners.values() for o in names})
+    every = sorted(
+        {f"{e.name}.{o}" for e, names in owners.values() for o in names} | {o for _, names in owners.values() for o in names}
+    )
     for key, value in options.items():
         part, _, name = key.rpartition(".")
         hits = [k for k, (e, names) in owners.items() if name in names and part in ("", e.name, e.axis, e.key, *e.aliases)]
         if not hits:
             raise UnknownName.of("option", key, every)
         if len(hits) > 1:
-            raise OptionError(f"option {key!r} belongs to several parts; write {' or '.join(owners[k][0].name + '.' + name for k in hits)}")
+            raise OptionError(
+                f"option {key!r} belongs to several parts; write {' or '.join(owners[k][0].name + '.' + name for k in hits)}"
+            )
         values[hits[0]][name] = value
     return values
 
@@ -196,7 +203,9 @@ def _compose(classes: list[tuple[Entry, type]], values: dict[str, dict[str, Any]
     for entry, cls in reversed(chain):
         if issubclass(cls, Decorator):
             if structure is None:
-                raise CompositionError(f"{entry.name} decorates another structure; write for instance '{entry.name}+{_default_structure().name}'")
+                raise CompositionError(
+                    f"{entry.name} decorates another structure; write for instance '{entry.name}+{_default_structure().name}'"
+                )
             structure = make(entry, cls, inner=structure)
         elif structure is None:
             structure = make(entry, cls)
@@ -245,7 +254,7 @@ def _check(names: str, structure: Structure, init: Init, rank: RankPolicy, updat
     for k, layer in enumerate(chain := layers(structure)):
         if layer.reads_entries and any(inner.input_dependent for inner in chain[k + 1 :]):
             raise CompositionError(
-                f"{names}: {layer.name} reads the entries of the weight inside it, which depends on the input there, so none exists"
+                f"{names}: {layer.name} reads the entries of the weight inside it, which depends on the input: none exists"
             )
     if rank.allocates:
         if not hasattr(structure.core, "rank"):

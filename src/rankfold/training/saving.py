@@ -1,4 +1,5 @@
-"""An adapter to a folder and back: the tensors as they are trained; loading runs no init and asks whether the base is the right one."""
+"""An adapter to a folder and back: the tensors as they are trained; loading runs no init and asks whether the base is the
+right one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
         sites.append(SiteRecord(s.name, s.kind, s.shape, s.rows, rank, s.batch, s.group, s.tied, None if follows else alpha))
         own = {f: store.tensor(k).detach().cpu() for f, (k, _) in slot.binding.items() if k not in shared_keys}
         tensors[key] = own
-    shared = {name_in_file(member.name, key): store.tensor(key).detach().cpu() for key in sorted(_shared(member.slots, member.name))}
+    shared = {
+        name_in_file(member.name, key): store.tensor(key).detach().cpu() for key in sorted(_shared(member.slots, member.name))
+    }
     return NativeAdapter(
         method=a.method.text,
         options=dict(a.method.options),
@@ -99,7 +102,14 @@ def load(
 
 
 def attach_record(
-    model: nn.Module, record: NativeAdapter, source: str, *, name: str = "default", force: bool = False, plan: str = "auto", memory: str = "auto"
+    model: nn.Module,
+    record: NativeAdapter,
+    source: str,
+    *,
+    name: str = "default",
+    force: bool = False,
+    plan: str = "auto",
+    memory: str = "auto",
 ) -> Adaptation:
     """Attach an adapter given as plain data."""
     m = method(record.method, **record.options)
@@ -108,10 +118,14 @@ def attach_record(
     if record.base is not None and not force:
         verdict = compare(record.base, fingerprint(model, sorted({s.name for s in sites})))
         if verdict.verdict == "different":
-            raise FingerprintError(f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)")
+            raise FingerprintError(
+                f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)"
+            )
         if verdict.verdict != "same":
             warnings.warn(f"{source}: {verdict}", stacklevel=3)
-    structures = {s.key: _at_rank(m.structure, item.rank, item.alpha, f"{source}: {s.key}") for s, item in zip(sites, record.sites)}
+    structures = {
+        s.key: _at_rank(m.structure, item.rank, item.alpha, f"{source}: {s.key}") for s, item in zip(sites, record.sites)
+    }
     _check_tensors(record, sites, structures, source)
     found = {f"{k}": dict(v) for k, v in record.tensors.items()}
 
@@ -177,8 +191,8 @@ def _check_tensors(record: NativeAdapter, sites: list[Site], structures: Mapping
 def normal_form(adaptation: Adaptation, name: str | None = None, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
     """The adapter as factors and numbers that other tools know, and the relative error at each site (0 where the form is exact).
 
-    A change that is a LoRA, a deviation (as rank 2r), a rotation or a magnitude over these is exact; anything else is cut by SVD at `rank`
-    (None: at the rank that holds it whole).
+    A change that is a LoRA, a deviation (as rank 2r), a rotation or a magnitude over these is exact; anything else is cut by
+    SVD at `rank` (None: at the rank that holds it whole).
 
     Raises:
         CompositionError: a side module, or a change that depends on the input: neither is a matrix.
@@ -226,5 +240,3 @@ def _low(expr: Operator, base: Base) -> LowRank | None:
     if isinstance(change, Deviation):
         return change.stacked()
     return change if isinstance(change, LowRank) else None
-
-

@@ -11,8 +11,7 @@ import torch
 
 import rankfold as rf
 from rankfold.errors import DataError, FileError, InactiveError, OptionError, TargetError, UnknownName
-from rankfold.jobs.adapt import AdaptSettings, PredictSettings, adapt_job, predict_job
-from rankfold.jobs.adapt import inputs
+from rankfold.jobs.adapt import AdaptSettings, PredictSettings, adapt_job, inputs, predict_job
 from rankfold.jobs.adapt import run as job
 from rankfold.jobs.data import Table
 from rankfold.jobs.models import load_model
