@@ -80,9 +80,8 @@ def magnitude(W: Tensor, t: Any, s: Any) -> Tensor:
 
 def gate(W: Tensor, t: Any, s: Any) -> Tensor:
     if s.per == "rank":  # component k is what is left of the change when the others are switched off
-        inner, start = getattr(s.inner, "inner", s.inner), torch.zeros_like(W)
+        inner = getattr(s.inner, "inner", s.inner)
         if hasattr(t, "B0"):
-            start = lora(W, t._replace(B=t.B0, A=t.A0), inner) - W
             components = [
                 number(inner) * (torch.outer(t.B[:, k], t.A[k]) - torch.outer(t.B0[:, k], t.A0[k])) for k in range(len(t.gate))
             ]

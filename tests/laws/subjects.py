@@ -1,4 +1,4 @@
-"""What the laws run over: every name that `rf.method` takes alone, and every other member of every axis in the first method that takes it.
+"""What the laws run over: every name that `rf.method` takes alone, and every other member in the first method that takes it.
 
 The list is read from the registry: a new file in methods/ is tested with no edit here.
 """
@@ -98,7 +98,7 @@ def cells() -> list[tuple[str, str]]:
 
 
 def refused_by(method: Method, kind: str) -> str | None:
-    """The trait by which a whole kind is refused, or None. Tied weights are adapted at the head where only the embedding is refused."""
+    """The trait by which a kind is refused, or None. Tied weights are adapted at the head where only the embedding is refused."""
     kinds = method.structure.core.kinds
     if method.is_side:
         return None if kind == BLOCK else "kinds"

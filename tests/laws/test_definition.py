@@ -456,7 +456,7 @@ def differentiates_twice(monkeypatch):
 
 
 lora = "lora"
-with_scale = dict(rank=2, alpha=3.0)
+with_scale = {"rank": 2, "alpha": 3.0}
 MUTANTS = [
     (doubles_the_scale, lambda: check_definition(lora, "linear")),
     (forgets_the_gradient_scale, lambda: check_definition(rf.method(lora, **with_scale), "linear")),

@@ -1,8 +1,8 @@
 """Every two members compose and keep the laws, or are refused with the traits that clash.
 
-A covering array of strength 2 over (outer and inner decorator, structure over structure, init, rank, update): every pair of members that composes at all stands in at
-least one method here. It is drawn with the seed that the test run prints; RANKFOLD_LAWS_SEED repeats or changes it. The whole product
-runs under the marker `full`.
+A covering array of strength 2 over (outer and inner decorator, structure over structure, init, rank, update): every pair of members
+that composes at all stands in at least one method here. It is drawn with the seed that the test run prints; RANKFOLD_LAWS_SEED
+repeats or changes it. The product of decorator, structure, init, rank and update runs whole under the marker `full`.
 """
 
 from __future__ import annotations

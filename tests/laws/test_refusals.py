@@ -316,7 +316,7 @@ def test_a_weight_that_attention_reads_for_itself(monkeypatch):
         rf.adapt(model, "lora", rank=2, targets=["attention.out_proj"])
     monkeypatch.setattr(attaching, "_place_refusal", lambda modules, site: None)
     rf.adapt(model, "lora", rank=2, targets=["attention.out_proj"])
-    with pytest.raises(InactiveError, match="attention.out_proj"):
+    with pytest.raises(InactiveError, match=r"attention\.out_proj"):
         model(torch.randn(2, 3, 8))
 
 

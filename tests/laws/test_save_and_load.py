@@ -188,7 +188,7 @@ def takes_any_base(monkeypatch):
     monkeypatch.setattr(saving, "compare", lambda a, b: Comparison("same", 0.0, None, "surely"))
 
 
-ALPHA = dict(rank=2, alpha=3.0)
+ALPHA = {"rank": 2, "alpha": 3.0}
 MUTANTS = [
     (starts_anew, lambda folder: check_reload("lora", "linear", folder)),
     (loses_a_tensor, lambda folder: check_reload("vera", "linear", folder)),

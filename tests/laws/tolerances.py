@@ -1,6 +1,7 @@
 """How near is near: one table for all laws, relative Frobenius distances by the dtype of the base.
 
-The sites are tiny (no dimension above 18), so that rounding hardly accumulates: a figure here is a few tens of units in the last place.
+The sites are tiny (no dimension above 12), so that rounding hardly accumulates: a figure here is a few tens of units in the last
+place.
 """
 
 from dataclasses import dataclass

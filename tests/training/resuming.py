@@ -42,7 +42,9 @@ def loss(module: nn.Module, batch: tuple) -> torch.Tensor:
 
 
 def settings(folder: Path, resume: bool = False) -> LoopSettings:
-    return LoopSettings(lr=0.05, weight_decay=0.01, max_steps=STEPS, epochs=9, folder=folder, resume=resume, schedule="cosine", seed=5)
+    return LoopSettings(
+        lr=0.05, weight_decay=0.01, max_steps=STEPS, epochs=9, folder=folder, resume=resume, schedule="cosine", seed=5
+    )
 
 
 def evaluate(module: nn.Module) -> dict[str, float]:
@@ -72,7 +74,9 @@ def main(folder: Path, methods: list[str]) -> None:
         adaptation = load(module, folder / str(k) / "checkpoint" / ADAPTER)
         history = run(module, adaptation, folder / str(k) / "checkpoint", resume=True)
         tensors = {f"t{i}": t.detach() for i, t in enumerate(adaptation.tensors().values())}
-        write_tensors(folder / str(k) / "resumed.safetensors", {**tensors, "losses": torch.tensor(history.losses, dtype=torch.float64)})
+        write_tensors(
+            folder / str(k) / "resumed.safetensors", {**tensors, "losses": torch.tensor(history.losses, dtype=torch.float64)}
+        )
 
 
 def die_while_saving(folder: Path, where: str) -> None:

@@ -192,7 +192,9 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_state_before_is_saved(tm
         return value if len(calls) < 3 else value + (module(batch[0]) * 0).sum().sqrt()  # 0 at an infinite slope
 
     before = []
-    with pytest.raises(NumericError, match=r"gradient became nan at step 3 of 9; first in the gradient at the output of 1\n.*saved"):
+    with pytest.raises(
+        NumericError, match=r"gradient became nan at step 3 of 9; first in the gradient at the output of 1\n.*saved"
+    ):
         train(
             model, adaptation, [data(2)], breaks_later, LoopSettings(epochs=9, folder=tmp_path / "c"),
             on_step=lambda r: before.append(tensors(adaptation)),
@@ -241,7 +243,9 @@ def test_data_that_cannot_be_gone_over(batches):
         train(model, rf.adapt(model, "lora", rank=2), batches, loss)
 
 
-@pytest.mark.parametrize("setting", [{"lr": 0}, {"epochs": -1}, {"schedule": "step"}, {"clip": -1}, {"grad_accum": 0}, {"warmup": 2}])
+@pytest.mark.parametrize(
+    "setting", [{"lr": 0}, {"epochs": -1}, {"schedule": "step"}, {"clip": -1}, {"grad_accum": 0}, {"warmup": 2}]
+)
 def test_settings_outside_their_bounds(setting):
     with pytest.raises(OptionError, match=next(iter(setting))):
         LoopSettings(**setting)
@@ -348,7 +352,9 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_masters(bert):
     adaptation = rf.adapt(bert, "lora", rank=2, exclude=["pooler.dense"])
     seen = set()
     bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda m, a, out: seen.add(out.dtype))
-    history = train(bert, adaptation, [Random("ids").integers((4, 7), 30)], hidden_loss, LoopSettings(epochs=4, bf16=True, lr=0.01))
+    history = train(
+        bert, adaptation, [Random("ids").integers((4, 7), 30)], hidden_loss, LoopSettings(epochs=4, bf16=True, lr=0.01)
+    )
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in adaptation.parameters()} == {torch.float32}
     assert history.losses[-1] < history.losses[0]

@@ -31,17 +31,13 @@ class Options:
     A member with `default = True` stands where a method names none of its axis. `axis` and `name` are set by `register`.
     Text from a command line or a file is read as the field's type; a value outside raises OptionError with value and bound.
 
-    >>> from annotated_types import Ge
-    >>> from typing import Annotated
-    >>> @dataclass(frozen=True, kw_only=True)
-    ... class Toy(Options):
-    ...     rank: Annotated[int, Ge(1)] = 16
-    >>> Toy(rank="8").rank
+    >>> from rankfold.methods.structures.lora import LoRA
+    >>> LoRA(rank="8").rank
     8
-    >>> Toy(rank=0)
+    >>> LoRA(rank=0)
     Traceback (most recent call last):
     ...
-    rankfold.errors.OptionError: toy.rank: got 0; input should be greater than or equal to 1
+    rankfold.errors.OptionError: lora.rank: got 0; input should be greater than or equal to 1
     """
 
     default: ClassVar[bool] = False

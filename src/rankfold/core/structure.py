@@ -177,7 +177,8 @@ class Structure(Options):
         if "rank" not in known:
             raise CompositionError(f"{type(self).__name__} has no rank that could be redistributed")
         changes: dict[str, Any] = {"rank": rank}
-        old, old_rank = getattr(self, "alpha", None), self.rank
+        this: Any = self
+        old, old_rank = getattr(this, "alpha", None), this.rank
         if alpha is not None:
             changes["alpha"] = alpha
         elif rank == old_rank:

@@ -412,7 +412,8 @@ def _allocate(
         found = m.init.scores(site, statistics[site.key]) if site.key in statistics else None
         if found is not None:
             scores[site.key] = found
-    start = m.structure.core.rank
+    core: Any = m.structure.core
+    start = core.rank
     limits, costs = {s.key: min(s.shape) for s in sites}, {s.key: sum(s.shape) for s in sites}
     ranks = m.rank.allocate(scores, dict.fromkeys(limits, start), limits, costs)
     structures = {key: m.structure.at_rank(r) for key, r in ranks.items() if r}

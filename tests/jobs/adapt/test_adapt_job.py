@@ -29,7 +29,10 @@ def folder(tmp_path_factory):
         writer.writerow(["text", "label"])
         writer.writerows([[f"{words[k % 4]} thing {k}", "warm" if k % 4 in (0, 3) else "cold"] for k in range(40)])
     with open(here / "pairs.jsonl", "w") as file:
-        file.writelines(json.dumps({"query": f"find {words[k % 4]} {k}", "document": f"def f{k}(): return '{words[k % 4]}'"}) + "\n" for k in range(24))
+        file.writelines(
+            json.dumps({"query": f"find {words[k % 4]} {k}", "document": f"def f{k}(): return '{words[k % 4]}'"}) + "\n"
+            for k in range(24)
+        )
     with open(here / "answers.jsonl", "w") as file:
         file.writelines(json.dumps({"prompt": f"{k} + 1?", "completion": str(k + 1)}) + "\n" for k in range(24))
     (here / "book.txt").write_text("It was a dark and stormy night.\n" * 30)
@@ -77,7 +80,9 @@ def test_every_task_from_file_to_predictions(folder, tmp_path, task):
     assert metrics["peak_memory"] > 10e6
     assert metrics["seconds"] > 0
     assert metrics["settings"]["rank"] == 2
-    assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0] or metrics["versions"]["torch"] == torch.__version__
+    assert (
+        metrics["versions"]["torch"] == torch.__version__.partition("+")[0] or metrics["versions"]["torch"] == torch.__version__
+    )
     assert len(metrics["history"]["train"]) == metrics["steps"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") >= 3
@@ -92,7 +97,9 @@ def test_every_task_from_file_to_predictions(folder, tmp_path, task):
     suffix = {"embed": "npy", "classify": "csv"}.get(task, "jsonl")
     out = tmp_path / f"predictions.{suffix}"
     path = predict_job(
-        PredictSettings.of(model="tiny-llama", adapter=tmp_path / "run", data=data, out=out, device="cpu", quiet=True, max_new_tokens=2)
+        PredictSettings.of(
+            model="tiny-llama", adapter=tmp_path / "run", data=data, out=out, device="cpu", quiet=True, max_new_tokens=2
+        )
     )
     assert path == out
     if task == "embed":

@@ -19,7 +19,10 @@ LABELS = ("bad", "good")
 
 @pytest.fixture(scope="module")
 def loaded():
-    return {name: load_model("tiny-llama", name, labels=LABELS if name == "classify" else None, device="cpu") for name in ("classify", "lm", "sft", "embed")}
+    return {
+        name: load_model("tiny-llama", name, labels=LABELS if name == "classify" else None, device="cpu")
+        for name in ("classify", "lm", "sft", "embed")
+    }
 
 
 def table(**columns):
@@ -113,7 +116,9 @@ def test_a_chat_template_is_used(loaded):
     import copy
 
     tokenizer = copy.deepcopy(loaded["sft"].tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
     with_chat = load_model("tiny-llama", "sft", device="cpu")
     with_chat.tokenizer = tokenizer
     task = task_for("sft", with_chat, 64)
