@@ -131,8 +131,8 @@ def test_a_model_without_a_tokenizer_says_what_to_type(tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tiny_llama("lm").save_pretrained(tmp_path)
     with pytest.raises(OptionError, match="don't belong together"):
-        tiny_llama("lm").save_pretrained(tmp_path)
         load_model(tmp_path, "lm", tokenizer=str(minilm_folder()))
 
 

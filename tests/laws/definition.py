@@ -1,8 +1,8 @@
 """The definition of an adapted model: W' formed entry by entry in float64, then the model's own forward on it, by autograd alone.
 
 Neither hosts nor the planner nor a kernel takes part: `torch.func.functional_call` runs the model as it was before adapting with
-W' in the place of W. W' comes from the structure's expression by `dense()`; `test_definition.py` holds that against formulas of the
-papers written in plain torch. What depends on the input has no W' and runs one token at a time.
+W' in the place of W. W' comes from the structure's expression by `dense()`; `test_definition.py` holds that against formulas
+of the papers written in plain torch. What depends on the input has no W' and runs one token at a time.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Definition:
         return h
 
     def _by_token(self, module: nn.Module, slots: list[tuple[Slot, float | Tensor]], x: Tensor) -> Tensor:
-        """A change that differs from token to token, one token after the other: W' of a single input by its action on unit vectors."""
+        """A change that differs from token to token, one token after the other."""
         stored = module.weight.detach()
         W = stored if isinstance(module, nn.Linear) else stored.mT
         flat = x.reshape(-1, x.shape[-1])

@@ -129,7 +129,7 @@ FEED_FORWARD = ["*.linear1", "*.linear2"]
 
 
 def check_fast_path():
-    """torch's own encoder reads its weights in one fused call when nobody trains: repaired, so that the adapter acts there too."""
+    """torch's own encoder reads its weights in one fused call when nobody trains: repaired, so that adapters act there too."""
     with Checks("law 6, encoder fast path") as check:
         model, x = encoder(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():

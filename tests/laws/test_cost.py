@@ -82,7 +82,7 @@ class Held:
 
 
 def kept_bytes(case, module, x):
-    """Bytes that autograd keeps for the backward pass of one module, each storage once, beside parameters, the input and the output."""
+    """Bytes that autograd keeps for the backward pass of one module: each storage once, without parameters, input and output."""
     saved = []
 
     def pack(t):

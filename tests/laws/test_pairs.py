@@ -1,8 +1,9 @@
 """Every two members compose and keep the laws, or are refused with the traits that clash.
 
-A covering array of strength 2 over (outer and inner decorator, structure over structure, init, rank, update): every pair of members
-that composes at all stands in at least one method here. It is drawn with the seed that the test run prints; RANKFOLD_LAWS_SEED
-repeats or changes it. The product of decorator, structure, init, rank and update runs whole under the marker `full`.
+A covering array of strength 2 over (outer and inner decorator, structure over structure, init, rank, update): every pair of
+members that composes at all stands in at least one method here. It is drawn with the seed that the test run prints;
+RANKFOLD_LAWS_SEED repeats or changes it. The product of decorator, structure, init, rank and update runs whole under the
+marker `full`.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def words_of(error: CompositionError) -> str:
 
 
 TRAITS = (
-    "role", "trains", "rank", "scores", "decorate", "owns", "side module", "depends on the input", "tensors named", "twice", "factors", "components",
+    "role", "trains", "rank", "scores", "decorate", "owns", "side module", "depends on the input", "tensors named", "twice",
+    "factors", "components", "offset",
 )  # fmt: skip
 
 
@@ -221,7 +223,8 @@ def test_a_refused_pair_says_why(pair):
 
 @functools.cache
 def product() -> list[str]:
-    keys = itertools.product(*(members()[a] for a in AXES))
+    one = ("outer", "over")  # one decorator, one structure
+    keys = itertools.product(*((NOTHING,) if a in one else members()[a] for a in AXES))
     return ["|".join(key) for key in keys]
 
 
@@ -231,7 +234,7 @@ def test_the_whole_product_keeps_the_laws(structure, tmp_path):
     tried = 0
     for row in product():
         key = tuple(row.split("|"))
-        if key[1] != structure:
+        if key[AXES.index("structure")] != structure:
             continue
         found = composed(key)
         if isinstance(found, Method):

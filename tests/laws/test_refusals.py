@@ -17,7 +17,7 @@ import rankfold as rf
 from rankfold.core import attaching, folding
 from rankfold.core.host import fold_weight, site_program
 from rankfold.core.structure import Offset, Stack
-from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, RankfoldError, TargetError
+from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError
 from rankfold.training import method as method_module
 
 from .checks import Checks
@@ -50,14 +50,13 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(method_module, "_check", lambda *a, **k: None)
 
 
-def test_a_decorated_side_module():
+def test_a_decorated_side_module(monkeypatch):
     """A side module is no weight. Forced, law 3 has no definition: there is no weight to rescale."""
     with pytest.raises(CompositionError, match="a side module is no weight"):
         rf.method("magnitude+adaptertune")
-    case = tiny("linear")
-    with pytest.raises((NotImplementedError, RankfoldError)):
-        adapt(case, forced(decorator("magnitude")(part("adaptertune"))))
-        case.output()
+    monkeypatch.setattr(attaching, "_kind_refusal", lambda structure, site: None)
+    with pytest.raises(NotImplementedError):
+        adapt(tiny("linear"), forced(decorator("magnitude")(part("adaptertune"))))
 
 
 def test_an_owned_weight_around_another_change():
@@ -206,18 +205,30 @@ def test_a_transform_of_a_vocabulary(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("method", ["mixture", "dropout+lora"])
-def test_a_gate_on_token_indices(method, monkeypatch):
-    """What looks at its input can't look at indices. Forced, law 3: there is nothing that it could run."""
+def test_a_gate_on_token_indices(monkeypatch):
+    """What looks at its input can't look at indices. Forced, law 3: there is no input to weigh by."""
     case = tiny("embedding")
     with pytest.raises(TargetError, match="token indices"):
-        adapt(case, method)
+        adapt(case, "mixture")
     monkeypatch.setattr(attaching, "_kind_refusal", lambda structure, site: None)
-    adapt(case, method)
+    adapt(case, "mixture")
+    with pytest.raises(LayoutError, match="by the input"):
+        case.output()
+
+
+def test_dropout_on_token_indices(monkeypatch):
+    """Indices can't be dropped. Forced, law 6: it does nothing, and training looks as if it did."""
+    case = tiny("embedding")
+    with pytest.raises(TargetError, match="token indices"):
+        adapt(case, "dropout+lora")
+    monkeypatch.setattr(attaching, "_kind_refusal", lambda structure, site: None)
+    a = adapt(case, "dropout+lora")
+    shake(a)
+    y = case.output().detach()
     case.model.train()
-    with pytest.raises((RankfoldError, RuntimeError, IndexError, AttributeError, TypeError)):
-        case.loss(case.model, case.batch).backward()
-        raise LayoutError("dropout on an embedding drops no token: it did nothing")
+    with Checks("law 6 breaks") as check:
+        gaps = {(case.output().detach() - y).norm().item() > 0.01 for _ in range(8)}
+        check.that(gaps == {False}, "something was dropped")
 
 
 def test_a_change_that_cannot_fold(monkeypatch):

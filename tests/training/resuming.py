@@ -69,7 +69,7 @@ def run(module: nn.Module, adaptation: rf.Adaptation, folder: Path, *, resume: b
 
 def main(folder: Path, methods: list[str]) -> None:
     """Go on with every run below `folder`; write the tensors that they end with."""
-    for k, method in enumerate(methods):
+    for k in range(len(methods)):
         module = model()
         adaptation = load(module, folder / str(k) / "checkpoint" / ADAPTER)
         history = run(module, adaptation, folder / str(k) / "checkpoint", resume=True)
@@ -84,7 +84,7 @@ def die_while_saving(folder: Path, where: str) -> None:
     from rankfold.adapters import atomic
     from rankfold.training import checkpoints
 
-    module, adaptation = fresh("lora")
+    adaptation = fresh("lora")[1]
     state = checkpoints.RunState(1, {}, {}, {"values": {}, "tensors": {}})
     save_checkpoint(folder, adaptation, state)
 

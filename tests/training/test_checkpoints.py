@@ -1,4 +1,4 @@
-"""A run on disk: resumed in another process it is bitwise the run that was never stopped; killed while saving, nothing is lost."""
+"""A run on disk: resumed in another process it is bitwise the run never stopped; killed while saving, nothing is lost."""
 
 import json
 import math

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rankfold.training.schedules import rate_factor
 
 
 def network(*sizes, scale=0.5):
-    layers = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
+    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)]
     for k, layer in enumerate(layers):
         layer.weight.data = Random("network", k).normal(tuple(layer.weight.shape), std=scale)
     return nn.Sequential(*layers)

@@ -42,6 +42,7 @@ METHODS = (
 
 PAIRS, VALID, TESTS = 2400, 150, 800
 SHOWN = 3  # queries whose results are printed
+ROOM = 130  # columns of the screen that the whole table takes
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0, threads: int = 2, scale: float = 1.0) -> dict[str, Any]:
@@ -194,16 +195,19 @@ def _columns() -> list[Any]:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table on the screen; at least 120 columns wide, since intervals cut in two can't be read."""
+    """The table on the screen; where it is too narrow for one, quality and cost apart, since intervals cut in two can't be read."""
     from rich.console import Console
 
     from rankfold.report import console_table
 
     console = Console(highlight=False)
-    if console.width < 120 and not console.is_terminal:
-        console = Console(highlight=False, width=120)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=ROOM)
+    columns = _columns()
+    parts = [columns] if console.width >= ROOM else [columns[:4], [columns[0], *columns[4:]]]
     print()
-    console.print(console_table(rows, _columns()))
+    for part in parts:
+        console.print(console_table(rows, part))
     print("R@k: share of queries whose function is among the first k. Brackets: 95 % bootstrap over the queries.\n")
 
 
