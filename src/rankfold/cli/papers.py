@@ -18,7 +18,7 @@ from rankfold.errors import FileError, UnknownName
 
 __all__ = ["FAMILIES", "STATES", "Paper", "find", "load", "papers", "select"]
 
-STATES = ("planned", "done")
+STATES = ("planned", "begun", "done")
 FAMILIES = (
     "adapt", "init", "rank", "update", "pretrain", "compress", "merge", "compose", "generate", "unlearn",
     "serve", "federate", "measure", "solve", "layer", "recipe",
@@ -39,8 +39,10 @@ class Paper:
         headline: what the abstract states; never a result of ours.
         files: where its code lives, relative to the repository.
         difficulty: "S", "M" or "L".
-        state: one of STATES; "done" means that the laws and oracles pass and the claim has been run.
+        state: one of STATES; "done" means that the laws and oracles pass and the claim has been run,
+            "begun" that the claim has been run and a part of the system is still to come.
         claim: the run that tests the headline's idea here, or empty.
+        left: for a row that is begun, what is still to come.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Paper:
     difficulty: str
     state: str
     claim: str
+    left: str = ""
 
 
 def load() -> list[Paper]:
@@ -132,8 +135,9 @@ def _load() -> tuple[Paper, ...]:
     rows = tomllib.loads(files("rankfold").joinpath("papers.toml").read_text(encoding="utf-8"))["paper"]
     wanted = {field.name for field in fields(Paper)}
     for place, row in enumerate(rows, start=1):
-        if row.keys() != wanted:
-            raise FileError(f"papers.toml, row {place}: missing or unknown fields: {', '.join(sorted(row.keys() ^ wanted))}")
+        wrong = (row.keys() ^ wanted) - ({"left"} - row.keys())  # only rows that are begun say what is left
+        if wrong:
+            raise FileError(f"papers.toml, row {place}: missing or unknown fields: {', '.join(sorted(wrong))}")
     return tuple(sorted((Paper(**row | {"files": tuple(row["files"])}) for row in rows), key=lambda p: p.number))
 
 
@@ -155,6 +159,8 @@ def _page(paper: Paper) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in asdict(paper).items():
+        if name == "left" and not value:
+            continue
         text = "\n".join(value) if name == "files" else str(value) or "none yet"
         table.add_row(name, Text(text))
     return table
