@@ -95,7 +95,7 @@ def test_filters_narrow_the_rows():
 def test_a_filter_that_nobody_knows_lists_the_nearest():
     with pytest.raises(UnknownName, match="unknown family 'merg'; nearest: merge"):
         select(load(), family="merg")
-    with pytest.raises(UnknownName, match="there are: planned, done"):
+    with pytest.raises(UnknownName, match="there are: planned, begun, done"):
         select(load(), state="finished")
 
 
