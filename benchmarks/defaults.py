@@ -42,7 +42,7 @@ def cells(sst2: Path | None, trec: Path | None) -> Iterator[tuple[str, dict[str,
             for rank in (8, 16):
                 yield name, {**text, "data": str(folder / "train.txt"), "method": "lora", "rank": rank, "lr": lr}  # type: ignore[operator]
     code = {"task": "embed", "epochs": 1.0, "data": "stdlib-code", "limit": 1260, "valid": 300 / 1260, "max_length": 96}
-    for method, rates in (("lora", (1e-3, 2e-3, 4e-3)), ("dora", (1e-3, 2e-3, 4e-3)), ("full", (5e-5, 1.5e-4, 4e-4))):
+    for method, rates in (("lora", (1e-3, 2e-3, 4e-3, 8e-3)), ("dora", (1e-3, 2e-3, 4e-3, 8e-3)), ("full", (5e-5, 1.5e-4, 4e-4))):
         for lr in rates:
             yield "stdlib-code", {**code, "method": method, **({} if method == "full" else {"rank": 8}), "lr": lr}
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     rows = found.get("cells", [])
     for name, settings in cells(options.sst2, options.trec):
-        key = {"data": name, **{k: settings[k] for k in ("method", "rank", "lr", "epochs") if k in settings}}
+        key: dict[str, Any] = {"data": name, **{k: settings[k] for k in ("method", "rank", "lr", "epochs") if k in settings}}
         if options.only not in (None, name) or any(row["cell"] == key for row in rows):
             continue
         rows.append({"cell": key, **measure(settings, RESULTS.parent / "unused")})

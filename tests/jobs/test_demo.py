@@ -106,7 +106,7 @@ def test_table_page_and_metrics(quick, tmp_path, capsys):
     assert shown.count("before   os") == shown.count("after    os") == 3
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("<svg") >= 6
-    assert "def f1(): &lt;b&gt;" in page
+    assert "(): &lt;b&gt;" in page
     saved = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(saved["methods"]) == {"frozen", "lora", "dora", "full"}
     lora = saved["methods"]["lora"]
@@ -117,7 +117,7 @@ def test_table_page_and_metrics(quick, tmp_path, capsys):
 
 def test_every_method_sees_the_same_pairs(quick, tmp_path):
     module.demo(tmp_path / "demo", scale=0.01)
-    same = ("data", "limit", "valid", "epochs", "batch_size", "max_length", "seed", "model")
+    same = ("data", "test", "valid", "epochs", "batch_size", "max_length", "seed", "model")
     assert len({json.dumps({k: r["settings"][k] for k in same}) for r in quick}) == 1
     assert [r["train"] for r in quick] == [False, True, True, True]
 

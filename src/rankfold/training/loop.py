@@ -137,6 +137,7 @@ def train(
     evaluate: Evaluation | None = None,
     weigh: Callable[[Any], float] | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> History:
     """Train one adapter of a model; the model ends in the mode that it came in, with the best state or the last.
@@ -147,6 +148,7 @@ def train(
         evaluate: model -> {name: figure}; runs at the times that the settings say.
         weigh: how many terms the mean of `loss` is over, so that batches of one step are joined rightly; equal by default.
         on_step: called with the record of each step.
+        identity: numbers and texts that say what this run is; a checkpoint in which one differs is refused.
         name: of the adapter; the first that is on by default.
 
     Raises:
@@ -165,7 +167,7 @@ def train(
     >>> history.losses[-1] < 0.1 * history.losses[0]
     True
     """
-    run = _Run(model, adaptation, as_source(batches), loss, settings or LoopSettings(), evaluate, weigh, name)
+    run = _Run(model, adaptation, as_source(batches), loss, settings or LoopSettings(), evaluate, weigh, identity, name)
     mode = model.training
     with run.prepared(), _Signals() as signals, Progress("train", run.total, run.settings.progress) as bar:
         try:
@@ -198,8 +200,10 @@ class _Run:
         settings: LoopSettings,
         evaluate: Evaluation | None,
         weigh: Callable[[Any], float] | None,
+        identity: Mapping[str, Any] | None,
         name: str | None,
     ) -> None:
+        self.said = dict(identity or {})
         self.model, self.adaptation, self.source, self.settings, self.name = model, adaptation, source, settings, name
         self.loss_function, self.evaluation, self.weigh = loss, evaluate, weigh or (lambda batch: 1.0)
         self.attached = adaptation._get(name)

@@ -8,6 +8,8 @@ out/checkpoint/                              only while a run is under way, or w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -79,10 +81,14 @@ def adapt_job(settings: AdaptSettings) -> Result:
     if not s.resume and has_checkpoint(checkpoint):
         screen.say("note", f"{checkpoint} holds a run that was stopped; without --resume it is replaced by this one")
     resuming = s.resume and has_checkpoint(checkpoint)
+    if s.resume and not resuming:
+        screen.say("note", f"{checkpoint} holds no stopped run: this one starts from the beginning")
     handle = load_adapter(ready.loaded.model, checkpoint / ADAPTER) if resuming else attached(ready)
     describe(ready, handle, screen, resuming)
     before = {} if resuming or not ready.rows["test"] or s.task == "classify" else base_figures(ready, handle)
     history = fit(ready, handle, checkpoint)
+    describe_in_file(ready, handle, history)
+    handle.save(s.out)  # before the last figures: whatever happens to them, the training is not lost
     figures = measured(ready, handle, history, before)
     return finish(ready, handle, history, figures, screen)
 
@@ -218,8 +224,16 @@ def fit(
     if ready.rows["valid"]:
         evaluate = lambda model: task.evaluate(model, ready.rows["valid"], size)
     return train(
-        ready.loaded.model, handle, ready.batches, task.loss, settings, evaluate=evaluate, weigh=task.weight, on_step=on_step
-    )
+        ready.loaded.model, handle, ready.batches, task.loss, settings, evaluate=evaluate, weigh=task.weight, on_step=on_step,
+        identity=identity(ready),
+    )  # fmt: skip
+
+
+def identity(ready: Prepared) -> dict[str, Any]:
+    """What a stopped run must have in common with the one that goes on with it."""
+    digest = hashlib.sha256(json.dumps(ready.rows["train"], default=str).encode()).hexdigest()[:16]
+    options = json.dumps({k: str(v) for k, v in sorted(ready.method.options.items())})
+    return {"method": ready.method.text, "options": options, "batch_size": ready.settings.batch_size, "data": digest}
 
 
 def measured(ready: Prepared, handle: Adaptation, history: History, before: Mapping[str, float]) -> dict[str, Any]:
@@ -234,19 +248,26 @@ def measured(ready: Prepared, handle: Adaptation, history: History, before: Mapp
     return found
 
 
-def finish(ready: Prepared, handle: Adaptation, history: History, figures: dict[str, Any], screen: Screen) -> Result:
-    """Adapter, metrics.json, report.html, and the last lines on the screen."""
-    from .outcome import metrics_of, write_metrics, write_report
+def describe_in_file(ready: Prepared, handle: Adaptation, history: History, **figures: Mapping[str, Any]) -> None:
+    """What the adapter's file says of itself: labels, and what `predict` has to know."""
+    from .outcome import versions
 
-    s = ready.settings
-    metrics = metrics_of(ready, handle, history, figures)
-    own = handle.attached[handle.names[-1]]
+    s, own = ready.settings, handle.attached[handle.names[-1]]
     own.labels = ready.inputs.labels
     own.trained = {
         "task": s.task, "model": s.model, "tokenizer": s.tokenizer, "max_length": ready.task.max_length,
         "temperature": s.temperature, "steps": len(history.steps), "rows": len(ready.inputs.train), "lr": s.lr,
-        "seconds": round(history.seconds, 1), "valid": metrics["valid"], "test": metrics["test"], "versions": metrics["versions"],
+        "seconds": round(history.seconds, 1), "versions": versions(), **figures,
     }  # fmt: skip
+
+
+def finish(ready: Prepared, handle: Adaptation, history: History, figures: dict[str, Any], screen: Screen) -> Result:
+    """Adapter, metrics.json, report.html, and the last lines on the screen."""
+    from .outcome import finite, metrics_of, write_metrics, write_report
+
+    s = ready.settings
+    metrics = metrics_of(ready, handle, history, figures)
+    describe_in_file(ready, handle, history, valid=finite(metrics["valid"]), test=finite(metrics["test"]))
     handle.save(s.out)
     write_metrics(s.out / "metrics.json", metrics)
     write_report(s.out / "report.html", ready, handle, history, metrics)
