@@ -38,13 +38,19 @@ def cells(sst2: Path | None, trec: Path | None) -> Iterator[tuple[str, dict[str,
     """(data set, settings) of every cell."""
     text = {"task": "classify", "epochs": 3.0, "limit": 940, "encoding": "iso-8859-1", "valid": 300 / 940}
     for name, folder in (("sst2", sst2), ("trec", trec)):
-        for lr in (3e-4, 1e-3, 3e-3, 1e-2) if folder is not None else ():
+        for lr in (3e-4, 1e-3, 2e-3, 3e-3, 1e-2) if folder is not None else ():
             for rank in (8, 16):
                 yield name, {**text, "data": str(folder / "train.txt"), "method": "lora", "rank": rank, "lr": lr}  # type: ignore[operator]
     code = {"task": "embed", "epochs": 1.0, "data": "stdlib-code", "limit": 1260, "valid": 300 / 1260, "max_length": 96}
-    for method, rates in (("lora", (1e-3, 2e-3, 4e-3, 8e-3)), ("dora", (1e-3, 2e-3, 4e-3, 8e-3)), ("full", (5e-5, 1.5e-4, 4e-4))):
-        for lr in rates:
-            yield "stdlib-code", {**code, "method": method, **({} if method == "full" else {"rank": 8}), "lr": lr}
+    rates = {
+        ("lora", 8): (1e-3, 2e-3, 4e-3, 8e-3),
+        ("lora", 16): (3e-3,),
+        ("dora", 8): (1e-3, 2e-3, 4e-3, 8e-3),
+        ("full", None): (5e-5, 1.5e-4, 4e-4),
+    }
+    for (method, width), values in rates.items():
+        for lr in values:
+            yield "stdlib-code", {**code, "method": method, **({} if width is None else {"rank": width}), "lr": lr}
 
 
 def measure(settings: dict[str, Any], out: Path) -> dict[str, Any]:

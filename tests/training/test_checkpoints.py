@@ -113,6 +113,15 @@ def test_other_data_or_seed_is_refused(tmp_path):
         train(module, adaptation, resuming.source(), resuming.loss, changed)
 
 
+def test_a_run_with_another_identity_is_refused(tmp_path):
+    module, adaptation = resuming.fresh("lora")
+    settings = LoopSettings(**{**vars(resuming.settings(tmp_path / "c")), "checkpoint_minutes": 1e-9})
+    train(module, adaptation, resuming.source(), resuming.loss, settings, identity={"data": "a1"})
+    again = LoopSettings(**{**vars(settings), "resume": True})
+    with pytest.raises(OptionError, match="data = a1, this one has b2"):
+        train(module, adaptation, resuming.source(), resuming.loss, again, identity={"data": "b2"})
+
+
 def test_the_rate_may_change_on_resuming(tmp_path):
     saved(tmp_path / "c")
     module, adaptation = resuming.fresh("lora")

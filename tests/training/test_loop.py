@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import rankfold as rf
+from rankfold.adapters.files import read_tensors
 from rankfold.errors import DataError, InactiveError, LayoutError, NumericError, OptionError
 from rankfold.linalg.random import Random
 from rankfold.training.batches import Batches, as_source
@@ -395,3 +399,17 @@ def test_ready_batches_are_shuffled_each_epoch():
     orders = {"".join(source.batch(e, i) for i in range(8)) for e in range(4)}
     assert len(orders) == 4
     assert {"".join(sorted(o)) for o in orders} == {"abcdefgh"}
+
+
+def test_two_processes_are_one_that_accumulates(tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command, out, accumulated in (([sys.executable], "one", "2"), (launcher, "two", "1")):
+        arguments = [*command, str(script), str(tmp_path / out), accumulated]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+    one, two = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert len(one["losses"]) == len(two["losses"]) == 6
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)

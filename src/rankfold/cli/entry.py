@@ -88,4 +88,6 @@ def _say(message: Warning | str, category: type[Warning], filename: str, lineno:
 
 def main() -> None:
     """The command `rankfold`."""
+    # threads that wait spinning make everything eight times slower as soon as something else wants the core; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

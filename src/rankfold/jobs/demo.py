@@ -35,8 +35,8 @@ class Contender:
 
 METHODS = (
     Contender("frozen", "frozen", None, {}),
-    Contender("lora", "LoRA, rank 8", "lora", {"rank": 8, "lr": 2e-3}),
-    Contender("dora", "DoRA, rank 8", "dora", {"rank": 8, "lr": 2e-3}),
+    Contender("lora", "LoRA, rank 8", "lora", {"rank": 8, "lr": 4e-3}),
+    Contender("dora", "DoRA, rank 8", "dora", {"rank": 8, "lr": 4e-3}),
     Contender("full", "full fine-tuning", "full", {"lr": 1.5e-4}),
 )
 """Learning rates from benchmarks/results/defaults.json: other seed, no test rows."""

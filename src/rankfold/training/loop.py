@@ -10,11 +10,12 @@ process, a run gives what it would have given uninterrupted.
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,7 +209,9 @@ class _Run:
         self.loss_function, self.evaluation, self.weigh = loss, evaluate, weigh or (lambda batch: 1.0)
         self.attached = adaptation._get(name)
         self.device = adaptation.parameters(name)[0].device if adaptation.parameters(name) else torch.device("cpu")
-        self.accelerator = Accelerator()
+        # several processes on processors must be asked for; alone, the state that all Accelerators share stays as it is
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(cpu=True) if many and self.device.type == "cpu" else Accelerator()
         per_step = settings.grad_accum * self.accelerator.num_processes
         self.epoch_steps = -(-len(source) // per_step)
         planned = max(1, math.ceil(settings.epochs * self.epoch_steps))
@@ -433,6 +436,7 @@ class _Run:
         """What a run can't change without becoming another: the order of its data and of its draws."""
         s = self.settings
         return {
+            **self.said,
             "seed": s.seed,
             "batches": len(self.source),
             "grad_accum": s.grad_accum,
@@ -444,7 +448,7 @@ class _Run:
         for key, value in saved.identity.items():
             if here.get(key) != value:
                 raise OptionError(
-                    f"resume: the saved run had {key} = {value}, this one has {here.get(key)}: it would see other data.\n"
+                    f"resume: the saved run had {key} = {value}, this one has {here.get(key)}: it would be another run.\n"
                     f"  use the same settings and data, or start anew without --resume"
                 )
 

@@ -155,6 +155,34 @@ def test_interrupted_and_resumed_is_the_run_that_was_never_stopped(folder, tmp_p
     assert not has_checkpoint(tmp_path / "parts" / "checkpoint")
 
 
+def test_a_stopped_run_goes_on_with_its_own_data_and_method_only(folder, tmp_path, monkeypatch):
+    values = {"checkpoint_minutes": 1e-9, "max_steps": 2}
+    monkeypatch.setattr(job, "measured", lambda *a: pytest.fail("the figures broke"))
+    with pytest.raises(pytest.fail.Exception):
+        adapt_job(settings(folder, "classify", tmp_path, **values))
+    assert (tmp_path / "adapter.json").exists()  # what was trained is there all the same
+    with pytest.raises(OptionError, match="options"):
+        adapt_job(settings(folder, "classify", tmp_path, **values, resume=True, set=["alpha=3"]))
+    with pytest.raises(OptionError, match="data"):
+        adapt_job(settings(folder, "classify", tmp_path, **values, resume=True, max_length=4))
+
+
+def test_labels_in_a_text_file_are_not_read_as_text(folder, tmp_path):
+    adapt_job(settings(folder, "classify", tmp_path / "run", max_steps=1))
+    (tmp_path / "with.txt").write_text("warm red thing\ncold blue thing\n")
+    (tmp_path / "without.txt").write_text("red thing\nblue thing\n")
+    found = {}
+    for name in ("with", "without"):
+        out = tmp_path / f"{name}.csv"
+        data = str(tmp_path / f"{name}.txt")
+        predict_job(
+            PredictSettings.of(model="tiny-llama", adapter=tmp_path / "run", data=data, out=out, quiet=True, device="cpu")
+        )
+        found[name] = table(out)
+    assert found["with"] == found["without"]
+    assert [row["text"] for row in found["with"]] == ["red thing", "blue thing"]
+
+
 @pytest.mark.parametrize("method", ["dora", "lora+init:pissa", "eva", "lora-ga", "adalora", "full", "mixture", "adaptertune"])
 def test_other_methods_on_the_job(folder, tmp_path, method):
     more = {"rank": None} if method in ("full",) else {}

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from rankfold.adapters.atomic import atomic_file, write_text
 from rankfold.adapters.native import load_native
-from rankfold.errors import OptionError, UnknownName
+from rankfold.errors import DataError, OptionError, UnknownName
 from rankfold.jobs.data import Table, names, read
 from rankfold.jobs.exchange import folder_format, load
 from rankfold.jobs.models import load_model
@@ -54,7 +55,7 @@ def predict_job(settings: PredictSettings) -> Path:
         raise OptionError(f"predict: say what for: --task {'|'.join(INPUTS)} (the adapter does not tell)")
     if form == "npy" and task_name != "embed":
         raise OptionError(f"{s.out}: .npy holds embeddings; for {task_name} write .csv or .jsonl")
-    table = _table(s, task_name)
+    table = _table(s, task_name, labels)
     screen.say("data", table.describe())
     loaded = load_model(s.model, task_name, labels=labels, tokenizer=s.tokenizer or facts.get("tokenizer"), device=s.device)
     if s.adapter is not None:
@@ -76,9 +77,11 @@ def predict_job(settings: PredictSettings) -> Path:
     return s.out
 
 
-def _table(s: PredictSettings, task: str) -> Table:
+def _table(s: PredictSettings, task: str, labels: Sequence[str] | None) -> Table:
     """The input column; for embed `query`, else `document`, whichever the file has."""
     wanted = INPUTS[task]
+    if task == "classify" and s.data.lower().endswith(".txt") and (texts := _without_labels(s, labels or ())) is not None:
+        return texts
     part = "test" if s.data in names() and not Path(s.data).exists() else None
     try:
         return read(s.data, task, s.columns, only=wanted, encoding=s.encoding, split=part)
@@ -86,6 +89,17 @@ def _table(s: PredictSettings, task: str) -> Table:
         if task != "embed":
             raise
         return read(s.data, task, s.columns, only=["document"], encoding=s.encoding, split=part)
+
+
+def _without_labels(s: PredictSettings, labels: Sequence[str]) -> Table | None:
+    """The texts of a .txt file whose every line starts with one of the labels, as training files do; else None."""
+    try:
+        table = read(s.data, "classify", encoding=s.encoding, classes=1)
+    except DataError:
+        return None
+    if not set(table["label"]) <= set(labels):
+        return None
+    return replace(table, columns={"text": table["text"]})
 
 
 def _rows(task: Task, table: Table) -> list[Row]:
