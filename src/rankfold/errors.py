@@ -116,6 +116,6 @@ def nearest(name: str, known: Iterable[str], n: int = 5) -> list[str]:
     >>> nearest("kaimng", ["kaiming", "pissa", "eva"])
     ['kaiming']
     """
-    names = sorted(set(known))
+    names = sorted(set(known) - {""})  # a model's own path is empty
     close = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
     return close or [k for k in names if name and (name in k or k in name)][:n] or names[:n]

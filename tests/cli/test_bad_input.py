@@ -101,6 +101,8 @@ def damage(folder: Path, how: str) -> None:
         tensors.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n")
     elif how == "unknown method":
         record.write_text(record.read_text().replace('"lora"', '"lorra"'))
+    elif how == "option of another kind":
+        record.write_text(record.read_text().replace('"lora.rank": 2', '"lora.rank": {"a": 1}'))
     elif how == "wrong shape":
         record.write_text(record.read_text().replace('"rank": 2', '"rank": 3'))
 
@@ -111,7 +113,8 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", "truncated"), ("oversized header", "header"), ("NaN", "NaN"), ("no JSON", "JSON"),
         ("unknown field", "evil"),
         ("missing field", "method"), ("newer", "schema|version|newer"), ("no tensors", "adapter.safetensors"),
-        ("path in a name", "passwd"), ("pickle", "pickle"), ("unknown method", "lorra"), ("wrong shape", "rank|shape|want"),
+        ("path in a name", "passwd"), ("pickle", "pickle"), ("unknown method", "bad: its method 'lorra'.*nearest: lora"),
+        ("option of another kind", "bad: its method 'lora'.*rank: got"), ("wrong shape", "rank|shape|want"),
     ],
 )  # fmt: skip
 def test_a_damaged_adapter(command, adapter, tmp_path, how, said):

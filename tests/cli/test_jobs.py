@@ -48,6 +48,11 @@ def test_a_dry_run_writes_nothing(command, data):
     ("arguments", "said"),
     [
         (["--method", "lorra"], "nearest: lora"),
+        (["--method", "lora+init:pissa+init:eva"], "init:pissa + init:eva: a method has one init"),
+        (["--set", "init.iteratons=4"], "options of this method: structure:lora has rank"),
+        (["--targets", "re:(", "--regex"], "no regular expression"),
+        (["--targets", "re:q.*"], "regex=True"),
+        (["--extras", "clasifier"], "unknown module for extras 'clasifier'; nearest: m"),
         (["--method", "magnitude+mixture"], "magnitude"),
         (["--method", "vera+init:pissa"], "pissa"),
         (["--rank", "1000"], "larger than the matrix"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import rankfold as rf
-from rankfold.cli.matrix import pairs
+from rankfold.cli.matrix import COLUMNS, pairs
 from rankfold.cli.member import allowed, page
 from rankfold.core.registry import AXES, entries
 from rankfold.errors import CompositionError
@@ -79,16 +79,26 @@ def test_json_has_every_member(command):
 
 def test_the_matrix_agrees_with_what_can_be_made():
     found = pairs()
-    assert len(found) == len(entries("structure")) * len(entries("init"))
+    for axis in ("init", "rank", "update"):
+        assert len([p for p in found if p.column == axis]) == len(entries("structure")) * len(entries(axis))
     for pair in found:
-        text = f"{pair.structure}+init:{pair.init}"
         if pair.state == "refused":
-            assert pair.reason
+            assert pair.note
             with pytest.raises(CompositionError):
-                rf.method(text)
+                rf.method(pair.chain)
         else:
-            rf.method(text)
+            rf.method(pair.chain)
+    assert {p.column for p in found} == set(COLUMNS)
     assert {p.state for p in found} == {"tested", "derived", "refused"}
+
+
+def test_the_matrix_shows_the_pair_and_the_reason_that_an_error_points_to(command):
+    _, _, err = command("adapt", *("--model", "m", "--data", "d", "--task", "lm", "--out", "o"), "--method", "hra+loraplus")
+    code, out, _ = command("methods", "hra", "--matrix")
+    assert code == 0
+    assert "--matrix" in err
+    assert "-: update 'loraplus' works on trainable A, B; structure 'hra' trains value\n     hra+update:loraplus\n" in out
+    assert "structure \\ decorator" in out
 
 
 def test_the_matrix_of_one(command):
@@ -111,6 +121,18 @@ def test_a_plugin_is_listed_shown_and_composed(command, tmp_path, monkeypatch):
     _, out, _ = command("--plugin", file, "methods", "twice-over")
     assert "nobody2026" in out
     assert "init: eva" in out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"def x(:", b"\xff", b"\x00", b'name = "x"\n@register("structure", name)\nclass X:\n    """X."""\n'],
+    ids=["syntax", "bytes", "null", "no literal"],
+)
+def test_a_plugin_that_can_not_be_read_is_a_mistake(command, tmp_path, content):
+    (tmp_path / "mine.py").write_bytes(content)
+    code, _, err = command("--plugin", tmp_path / "mine.py", "methods")
+    assert code == 2
+    assert "mine.py" in err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An adapted transformers model is still a transformers model: generate, save_pretrained, checkpointing, autocast, compile's plain plan."""
+"""An adapted transformers model is still a transformers model: generate, save_pretrained, checkpointing, autocast, ties."""
 
 import copy
 
@@ -82,7 +82,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, reentrant):
         return torch.autograd.grad(loss, adaptation.parameters()) if not reentrant else _backward(loss, adaptation)
 
     plain = gradients()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name since v5.2x
+    # the second name is that of transformers before 5.2x
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()

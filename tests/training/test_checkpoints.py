@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rankfold as rf
 from rankfold.adapters.files import read_tensors
-from rankfold.errors import FileError, OptionError
+from rankfold.errors import FileError, OptionError, RankfoldError
 from rankfold.training.checkpoints import (
     ADAPTER,
     RunState,
@@ -155,6 +158,46 @@ def test_a_damaged_checkpoint_is_an_error_of_ours(tmp_path, damage):
     module, adaptation = resuming.fresh("lora")
     with pytest.raises(FileError):
         resuming.run(module, adaptation, tmp_path / "c", resume=True)
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["$tensor", "$float", "$tuple", "$items", "optimizer", "best", "a"]), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("whole") / "c")
+
+
+def read_or_refused(folder):
+    try:
+        assert isinstance(load_checkpoint(folder), RunState)
+    except RankfoldError:
+        pass
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["state.json", "state.safetensors"]), place=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_fuzz_changed_bytes(whole, tmp_path, name, place, value):
+    shutil.copytree(whole, tmp_path / "c", dirs_exist_ok=True)
+    content = bytearray((tmp_path / "c" / name).read_bytes())
+    content[place % len(content)] = value
+    (tmp_path / "c" / name).write_bytes(bytes(content))
+    read_or_refused(tmp_path / "c")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.sampled_from(["tree", "optimizer", "engine", "best", "history", "step", "identity"]), value=TREES)
+def test_fuzz_documents(whole, tmp_path, part, value):
+    shutil.copytree(whole, tmp_path / "c", dirs_exist_ok=True)
+    document = json.loads((whole / "state.json").read_text())
+    (document if part in document else document["tree"])[part] = value
+    (tmp_path / "c" / "state.json").write_text(json.dumps(document))
+    read_or_refused(tmp_path / "c")
 
 
 def test_trees_survive_the_way_through_files():

@@ -12,6 +12,7 @@ import typer
 
 from rankfold import __version__
 from rankfold.core import registry
+from rankfold.errors import FileError, RankfoldError
 
 from .adapt import adapt
 from .claims import claims
@@ -53,7 +54,12 @@ def _settings(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     for file in plugin or ():
-        registry.load_file(file)
+        try:
+            registry.load_file(file)
+        except (SyntaxError, ValueError) as error:
+            if isinstance(error, RankfoldError):
+                raise
+            raise FileError(f"--plugin {file}: can't be read as Python with literals in @register: {error}") from error
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -88,6 +94,6 @@ def _say(message: Warning | str, category: type[Warning], filename: str, lineno:
 
 def main() -> None:
     """The command `rankfold`."""
-    # threads that wait spinning make everything eight times slower as soon as something else wants the core; read when torch loads
+    # threads that spin while they wait slow everything eightfold as soon as something else wants the core; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

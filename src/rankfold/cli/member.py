@@ -9,7 +9,7 @@ from functools import cache
 from rankfold.core.registry import AXES, Entry, Option, entries
 from rankfold.methods.catalogue import COMPOSITIONS, Composition
 
-__all__ = ["allowed", "by_reason", "page", "page_of_composition", "refusal"]
+__all__ = ["allowed", "by_reason", "page", "page_of_composition", "refusal", "refused"]
 
 WIDTH = 120
 BOUNDS = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
@@ -169,16 +169,23 @@ def refusal(one: Entry, other: Entry) -> str | None:
     """Why two members can't stand in one method, or None. Tried, so the structures' code is imported."""
     from rankfold.core.registry import resolve
     from rankfold.core.structure import Decorator
-    from rankfold.errors import CompositionError
-    from rankfold.training.method import method
 
     members = sorted((one, other), key=lambda e: AXES.index(e.axis))
     chain = [m.name if m.axis == "structure" else m.key for m in members]
     if members[0].axis == "structure" and issubclass(resolve(members[0]), Decorator):
         default = next(e for e in entries("structure") if dict(e.traits).get("default") == "True")
         chain.insert(1, default.name)
+    return refused("+".join(chain))
+
+
+@cache
+def refused(chain: str) -> str | None:
+    """Why a chain is no method, in one line, or None."""
+    from rankfold.errors import CompositionError
+    from rankfold.training.method import method
+
     try:
-        method("+".join(chain))
+        method(chain)
     except CompositionError as error:
         reason = str(error).partition("\n")[0]
         return (reason.partition(": ")[2] or reason).rstrip(".")

@@ -1,4 +1,4 @@
-"""`rankfold methods`: the catalogue by axis, one member in full, or which structures and inits compose."""
+"""`rankfold methods`: the catalogue by axis, one member in full, or what composes with what."""
 
 import json
 from dataclasses import asdict
@@ -19,7 +19,7 @@ __all__ = ["methods"]
 def methods(
     name: Annotated[str | None, typer.Argument(help="A member or a composition, in full.", show_default=False)] = None,
     axis: Annotated[str | None, typer.Option(help=f"One of: {', '.join(AXES)}.", show_default=False)] = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Which structures and inits compose, and why others don't.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="What composes with what, and why the rest doesn't.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the methods by axis, or show one in full."""
@@ -80,21 +80,28 @@ def _plain(each: Entry | Composition) -> dict[str, object]:
 
 
 def _matrix(name: str | None, as_json: bool) -> None:
-    from .matrix import pairs
+    from .matrix import COLUMNS, pairs
 
     found = pairs(name)
     if as_json:
         print(json.dumps([asdict(p) for p in found], indent=2, ensure_ascii=False))
         return
     screen = console()
-    inits = list(dict.fromkeys(p.init for p in found))
-    states = {(p.structure, p.init): p for p in found}
     marks = {"tested": "tested", "derived": "derived", "refused": "-"}
-    rows = [(s, *(marks[states[s, i].state] for i in inits)) for s in dict.fromkeys(p.structure for p in found)]
-    screen.print(table(("structure \\ init", *inits), rows), "")
-    screen.print("tested: the default init, or a named composition; every law runs on it")
+    for column in COLUMNS:
+        here = {(p.structure, p.other): p for p in found if p.column == column}
+        others = list(dict.fromkeys(other for _, other in here))
+        rows = [
+            (s, *(marks[here[s, o].state] if (s, o) in here else "" for o in others)) for s in dict.fromkeys(s for s, _ in here)
+        ]
+        if not rows:
+            continue
+        screen.print(table((f"structure \\ {column}", *others), rows), "")
+        for p in here.values():
+            if p.note and p.state != "refused":
+                screen.print(f"{p.structure} takes {p.other} {p.note}: {p.chain}", soft_wrap=True)
+        for reason, chains in by_reason({p.chain: p.note for p in here.values() if p.state == "refused"}).items():
+            screen.print(f"-: {reason}\n     {', '.join(chains)}", soft_wrap=True)
+        screen.print()
+    screen.print("tested: the default of its axis, or a named composition; every law runs on it")
     screen.print("derived: follows from the declared traits; the tests' covering array runs it")
-    refused = [p for p in found if p.state == "refused"]
-    for init in dict.fromkeys(p.init for p in refused):
-        for reason, names in by_reason({p.structure: p.reason for p in refused if p.init == init}).items():
-            screen.print(f"-: {init} not with {', '.join(names)}: {reason}")

@@ -10,11 +10,12 @@ from importlib.resources import files
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rankfold.errors import FileError, UnknownName
+
+from .screen import console
 
 __all__ = ["FAMILIES", "STATES", "Paper", "find", "load", "papers", "select"]
 
@@ -122,12 +123,12 @@ def papers(
     if as_json:
         print(json.dumps([asdict(p) for p in rows], indent=2, ensure_ascii=False))
         return
-    console = Console()
+    screen = console()
     if query is not None and len(rows) == 1:
-        console.print(_page(rows[0]))
+        screen.print(_page(rows[0]))
         return
-    console.print(_table(rows, console.width))
-    console.print(Text(_summary(rows)))
+    screen.print(_table(rows, screen.width))
+    screen.print(Text(_summary(rows)))
 
 
 @cache

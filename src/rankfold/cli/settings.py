@@ -95,7 +95,8 @@ def _flag(name: str) -> str:
 def _parameter(name: str, info: Any) -> inspect.Parameter:
     flag = _flag(name)
     shown = _default(info)
-    help_text = (info.description or "")[:1].upper() + (info.description or "")[1:] + (f" [default: {shown}]" if shown else "")
+    note = " [required]" if info.is_required() else f" [default: {shown}]" if shown else ""
+    help_text = (info.description or "")[:1].upper() + (info.description or "")[1:] + note
     if info.annotation is bool:
         option = typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
         return _keyword(name, Annotated[bool | None, option], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -275,6 +276,11 @@ def choose_sites(
 ) -> tuple[list[Site], list[tuple[str, str]], Targets]:
     """(sites, those left out with the reason, the parsed targets) for a method on a model."""
     chosen = Targets.of(targets, exclude, regex)
+    for pattern in (p for p in (*chosen.patterns, *chosen.exclude) if chosen.regex and p.startswith("re:")):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise TargetError(f"targets: {pattern!r} is no regular expression: {error}") from None
     if isinstance(m.structure, SideModule):
         sites = m.structure.places(find_blocks(model, chosen))
     else:

@@ -76,13 +76,18 @@ def methods() -> list[str]:
     return sorted({e.name for e in registry.entries("structure")} - decorators | set(compositions()))
 
 
+def _is_composition(token: str, alone: bool) -> bool:
+    """Whether a token of a chain means a composition of the catalogue: always when alone, else where no member has its name."""
+    return token in compositions() and (alone or not registry.find(token))
+
+
 def _one(token: str, alone: bool) -> tuple[list[Entry], dict[str, Any]]:
     """The members that one token of a chain means, and the options that come with them."""
     axis, _, name = token.rpartition(":")
     if axis and axis not in AXES:
         raise UnknownName.of("axis", axis, AXES)
     named = compositions()
-    if not axis and name in named and (alone or not registry.find(name)):
+    if _is_composition(token, alone):
         return _expand(named[name].parts, dict(named[name].options))
     found = registry.find(name, axis or None)
     if alone and not axis and len(found) > 1:
@@ -129,11 +134,14 @@ def method(text: str | Method, **options: Any) -> Method:
     if not all(tokens):
         raise UnknownName(f"method {text!r}: an empty name beside '+'; write names with single '+' between them")
     found: list[Entry] = []
+    brought: set[Entry] = set()
     preset: dict[str, Any] = {}
     for token in tokens:
         more, extra = _one(token, alone=len(tokens) == 1)
-        explicit = {e.axis for e in more} - {"structure", "loss"}
-        found = [e for e in found if e.axis not in explicit] + more  # a later init replaces the one that a composition brought
+        replaced = {e.axis for e in more} - {"structure", "loss"}
+        # a later init replaces the one that a composition brought; two that were both asked for are refused below
+        found = [e for e in found if e.axis not in replaced or e not in brought] + more
+        brought |= set(more) if _is_composition(token, len(tokens) == 1) else set()
         preset.update(extra)
     if not any(e.axis == "structure" for e in found):
         found = [_default_structure(), *found]
@@ -164,9 +172,11 @@ def _refuse_doubles(found: list[Entry]) -> None:
         single = entry.key if entry.axis in ("structure", "loss") else entry.axis
         if single in seen:
             other = seen[single]
-            what = "the same structure twice" if entry.axis == "structure" else f"two of axis {entry.axis}"
+            if entry.axis not in ("structure", "loss"):
+                raise CompositionError(f"{other.key} + {entry.key}: a method has one {entry.axis}; leave one of the two out")
             raise CompositionError(
-                f"{other.key} + {entry.key}: {what}; attach the second as an adapter of its own (name='second')"
+                f"{other.key} + {entry.key}: the same {entry.axis} twice; "
+                "attach the second as an adapter of its own (name='second')"
             )
         seen[single] = entry
 
@@ -182,7 +192,8 @@ def _assign(classes: list[tuple[Entry, type]], options: Mapping[str, Any]) -> di
         part, _, name = key.rpartition(".")
         hits = [k for k, (e, names) in owners.items() if name in names and part in ("", e.name, e.axis, e.key, *e.aliases)]
         if not hits:
-            raise UnknownName.of("option", key, every)
+            there = "; ".join(f"{e.key} has {', '.join(option_names(cls))}" for e, cls in classes if option_names(cls))
+            raise UnknownName.of("option", key, every, f"options of this method: {there or 'none'}")
         if len(hits) > 1:
             raise OptionError(
                 f"option {key!r} belongs to several parts; write {' or '.join(owners[k][0].name + '.' + name for k in hits)}"

@@ -20,7 +20,7 @@ from rankfold.core.probing import CallWatch
 from rankfold.core.site import Site
 from rankfold.core.store import Slot
 from rankfold.core.structure import SideModule, Structure
-from rankfold.errors import CompositionError, FileError, FingerprintError
+from rankfold.errors import CompositionError, FileError, FingerprintError, RankfoldError
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
 
 from .adaptation import Adaptation, Attached, OwnUpdate, member_store
@@ -112,7 +112,10 @@ def attach_record(
     memory: str = "auto",
 ) -> Adaptation:
     """Attach an adapter given as plain data."""
-    m = method(record.method, **record.options)
+    try:
+        m = method(record.method, **record.options)
+    except RankfoldError as error:
+        raise FileError(f"{source}: its method {str(record.method)[:80]!r} can't be made here: {error}") from error
     modules = dict(model.named_modules())
     sites = [_site(item, modules, source) for item in record.sites]
     if record.base is not None and not force:

@@ -173,7 +173,7 @@ MISTAKES = {
     "empty.jsonl": (b"\n\n", DataError, "empty file"),
     "empty.parquet": (b"", DataError, "cannot be read as a parquet file"),
     "garbage.parquet": (b"PAR1" + b"\0" * 40 + b"PAR1", DataError, "cannot be read as a parquet file"),
-    "header.csv": (b"text,label\n", DataError, "no usable rows among the 0"),
+    "header.csv": (b"text,label\n", DataError, "no rows under the column names"),
     "blank.csv": (b"text,label\n ,1\nx,\n", DataError, "no usable rows among the 2 there: 1 empty text, 1 empty label"),
     "one.csv": (b"text,label\nx,1\ny,1\n", DataError, "1 class only .'1'. in 2 rows; 2 needed"),
     "ragged.csv": (b"text,label\nx,1\ny,z,2\n", DataError, "line 3 has 3 fields, the header has 2"),

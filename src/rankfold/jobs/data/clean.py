@@ -41,6 +41,8 @@ def clean(columns: Mapping[str, Sequence[Any]], source: str, classes: int = 2) -
             kept[role].append(text or "")
     table = Table({role: tuple(values) for role, values in kept.items()}, source, dict(dropped))
     if not len(table):
+        if not total:
+            raise DataError(f"{source}: no rows under the column names")
         why = f": {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}" if dropped else ""
         raise DataError(f"{source}: no usable rows among the {total:,} there{why}")
     _check_classes(table, classes)
