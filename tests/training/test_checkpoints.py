@@ -1,5 +1,6 @@
 """A run on disk: resumed in another process it is bitwise the run never stopped; killed while saving, nothing is lost."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -162,22 +163,24 @@ def test_a_damaged_checkpoint_is_an_error_of_ours(tmp_path, damage):
 
 TREES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["$tensor", "$float", "$tuple", "$items", "optimizer", "best", "a"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["$tensor", "$float", "$tuple", "$items", "optimizer", "best", "a"]), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("whole") / "c")
+    folder = tmp_path_factory.mktemp("whole") / "c"
+    saved(folder)
+    return folder
 
 
 def read_or_refused(folder):
-    try:
+    with contextlib.suppress(RankfoldError):
         assert isinstance(load_checkpoint(folder), RunState)
-    except RankfoldError:
-        pass
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

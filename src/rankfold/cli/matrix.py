@@ -37,7 +37,7 @@ class Pair:
 
 
 def pairs(name: str | None = None) -> list[Pair]:
-    """Every pair, or those of one member.
+    """Every pair, or those of one member: a structure's row, the column of any other.
 
     Raises:
         UnknownName: a name that no structure, init, rank policy or update has.
@@ -46,7 +46,8 @@ def pairs(name: str | None = None) -> list[Pair]:
     wanted = {e.key for e in known if name in (None, e.name, e.key, *e.aliases)}
     if not wanted:
         raise UnknownName.of("member", str(name), [e.name for e in known])
-    return [_pair(s, column, other) for s, column, other in _sides() if wanted & {s.key, other.key}]
+    asked = (side for side in _sides() if side[0].key in wanted or (side[2].key in wanted and side[1] != "inside"))
+    return [_pair(*side) for side in asked]
 
 
 def _sides() -> Iterator[tuple[Entry, str, Entry]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -101,7 +100,8 @@ def attach(
         seed: of the counter-based generator; the same seed gives the same start whatever the order or sharding.
 
     Raises:
-        LayoutError: the name is taken, or the model is folded.
+        LayoutError: the name is taken, or the model is folded. Whatever an init or a structure raises: the model is then as it
+            was before.
     """
     store = store_of(model, create=True)
     assert store is not None
@@ -111,8 +111,20 @@ def attach(
         raise LayoutError("the model is folded; unfold before attaching another adapter")
     if not store.members:
         _freeze(store)
-    modules = dict(model.named_modules())
-    member = Member(name, structures[sites[0].key])
+    member = store.members[name] = Member(name, structures[sites[0].key])
+    try:
+        _place(store, member, sites, structures, fill, seed)
+    except BaseException:  # Ctrl-C too: a large init takes minutes
+        detach(model, name)
+        raise
+    store.version += 1
+    return member
+
+
+def _place(
+    store: Store, member: Member, sites: Sequence[Site], structures: Mapping[str, Structure], fill: Fill | None, seed: int
+) -> None:
+    modules = dict(store.model.named_modules())
     bases: dict[str, Base] = {}
     for site in sites:
         side = isinstance(structures[site.key], SideModule)
@@ -122,7 +134,6 @@ def attach(
     for site in sites:
         values = dict(fill(site, structures[site.key], bases[site.key], specs[site.key])) if fill else {}
         slot = _bind(store, member, site, structures[site.key], bases[site.key], specs[site.key], values, shared, seed)
-        member.slots[site.key] = slot
         host = host_module(store, site.name, modules[site.name])
         _leave_fast_path(modules, site)
         if isinstance(slot.structure, SideModule):
@@ -130,9 +141,6 @@ def attach(
             host.sides.append(slot)
         else:
             host.slots.setdefault(site.key, []).append(slot)
-    store.members[name] = member
-    store.version += 1
-    return member
 
 
 def _leave_fast_path(modules: Mapping[str, nn.Module], site: Site) -> None:
@@ -148,6 +156,14 @@ def _leave_fast_path(modules: Mapping[str, nn.Module], site: Site) -> None:
 
 def _keep_slow(module: nn.Module, args: tuple) -> None:
     return None
+
+
+def _return_to_fast_path(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and not any("_rankfold" in m.__dict__ for m in layer.modules()):
+            for key, hook in list(layer._forward_pre_hooks.items()):
+                if hook is _keep_slow:
+                    del layer._forward_pre_hooks[key]
 
 
 class _Nowhere(Base):
@@ -213,7 +229,8 @@ def _bind(
     shared: Mapping[str, Mapping[str, tuple[int, ...]]],
     seed: int,
 ) -> Slot:
-    binding: dict[str, tuple[str, tuple[slice, ...] | None]] = {}
+    emits = tuple(n for n, s in specs.items() if s.scope == "emitted")
+    slot = member.slots[site.key] = Slot(member, site, structure, base, {}, tuple(specs), emits)
     so_far: dict[str, Tensor] = {}
     for name, spec in specs.items():
         if spec.scope == "emitted":
@@ -227,16 +244,17 @@ def _bind(
             member.shared[name] = key
         if not hasattr(store, store.flat(key)):  # a shared tensor is made once
             start = values.get(name)
-            if start is None or start.shape != shape:
+            if start is not None and start.shape != shape and key not in shared:
+                raise CompositionError(f"{site.key}: tensor {name!r} has shape {shape}; its init gave {tuple(start.shape)}")
+            if start is None or start.shape != shape:  # a shared tensor is larger than what one site asks for
                 law = spec.start if spec.start is not None else ROLE_STARTS.get(spec.role, 0.0)
                 ctx = StartContext(shape, Random(seed, "start", owner, name), site, base, so_far)
                 start = law(ctx) if callable(law) else torch.full(shape, float(law))
             store.put(key, _stored(start, spec, base), spec.trainable)
         tensor = store.tensor(key)
         so_far[name] = tensor if slices is None else tensor[slices]
-        binding[name] = (key, slices)
-    emits = tuple(n for n, s in specs.items() if s.scope == "emitted")
-    return Slot(member, site, structure, base, binding, tuple(specs), emits)
+        slot.binding[name] = (key, slices)
+    return slot
 
 
 def _stored(start: Tensor, spec: Spec, base: Base) -> Tensor:
@@ -258,6 +276,9 @@ def add_extra(store: Store, member: Member, module_name: str, param: str, alone:
 
     Modules that share the parameter (a tied head) all get the copy: the tie stays. With `alone` they keep the base's, as other
     tools have it. Asked for twice, by any of its names, it is the copy that is there.
+
+    Raises:
+        UnknownName: no such module.
     """
     modules = {n: m for n, m in store.model.named_modules() if n.partition(".")[0] != "rankfold"}
     if module_name not in modules:
@@ -288,7 +309,8 @@ def detach(model: nn.Module, name: str) -> None:
     unfreezes the base.
 
     Raises:
-        UnknownName: no adapter of that name. LayoutError: the model is folded.
+        UnknownName: no adapter of that name.
+        LayoutError: the model is folded.
     """
     store = store_of(model)
     if store is None or name not in store.members:
@@ -297,6 +319,7 @@ def detach(model: nn.Module, name: str) -> None:
         raise LayoutError("the model is folded; unfold before removing an adapter")
     member = store.members.pop(name)
     store.active.pop(name, None)
+    store.watchers = [w for w in store.watchers if w.member is not member]
     for key in member.owned():
         store.drop(key)
     for module in model.modules():
@@ -308,6 +331,7 @@ def detach(model: nn.Module, name: str) -> None:
         host.sides = [s for s in host.sides if s.member is not member]
         if host.empty:
             release_module(module)
+    _return_to_fast_path(model)
     if not store.members:
         for path, trained in store.trainable_before.items():
             _find(model, path).requires_grad_(trained)
@@ -318,8 +342,3 @@ def detach(model: nn.Module, name: str) -> None:
 def _find(model: nn.Module, path: str) -> nn.Parameter:
     owner, _, leaf = path.rpartition(".")
     return model.get_submodule(owner)._parameters[leaf]  # type: ignore[return-value]
-
-
-def unique_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of distinct storages."""
-    return sum(math.prod(t.shape) * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())

@@ -122,7 +122,8 @@ class DenseBase(Base):
     def row_sqnorm(self) -> Tensor:
         """[out], computed once per version of the storage."""
         weight = self.stored
-        key = (weight.data_ptr(), weight._version, weight.dtype) if not torch.compiler.is_compiling() else "compiled"
+        compiled = torch.compiler.is_compiling()  # a graph can ask neither for an address nor for a version
+        key = (weight.dtype, weight.device, *(() if compiled else (weight.data_ptr(), weight._version)))
         if key not in self.cache:
             with torch.no_grad():
                 W = self.W

@@ -39,7 +39,7 @@ def folded_weights(store: Store) -> dict[str, Tensor]:
     """W' of every changed module under the active adapters, in the layout and dtype of its storage. Writes nothing.
 
     Raises:
-        LayoutError: a change that depends on the input, or a side module.
+        LayoutError: folded already, a change that depends on the input, or a side module.
     """
     _check(store)
     weights = {}
@@ -68,6 +68,9 @@ def fold(store: Store) -> dict[str, float]:
     """Swap the folded weights in. Gives, by module, the rounding error ‖W'_stored − (W + Δ)‖ / ‖Δ‖ (0 where nothing changed).
 
     Several modules that shared one storage get tensors of their own where their weights now differ; that is warned about.
+
+    Raises:
+        LayoutError: folded already, no adapter on, a change that depends on the input, or a side module.
     """
     weights = folded_weights(store)
     hosts = _hosts(store.model)
@@ -120,7 +123,11 @@ def _rounding(store: Store, module: nn.Module, host: Host, W: Tensor) -> float:
 
 
 def unfold(store: Store) -> None:
-    """The original tensors back in their places: the same objects, bitwise."""
+    """The original tensors back in their places: the same objects, bitwise.
+
+    Raises:
+        LayoutError: the model is not folded.
+    """
     if not store.is_folded:
         raise LayoutError("the model is not folded")
     for path, kept in store.folded.items():

@@ -28,7 +28,7 @@ from rankfold.linalg.dropout import Dropout
 from . import costs
 from .base import Base
 
-__all__ = ["MEMORY", "PLANS", "Program", "explain", "run"]
+__all__ = ["MEMORY", "PLANS", "Program", "explain", "require_known", "run"]
 
 PLANS = ("auto", "fused", "structured", "effective", "plain")
 MEMORY = ("auto", "keep", "recompute")
@@ -92,6 +92,17 @@ def _tensors(expr: Operator, base: Base) -> Iterator[Tensor]:
                 yield from _tensors(item, base)
 
 
+def require_known(plan: str, memory: str) -> None:
+    """Refuse names that stand for no plan, or no memory mode.
+
+    Raises:
+        OptionError: with the names that there are.
+    """
+    for what, name, known in (("plan", plan, PLANS), ("memory", memory, MEMORY)):
+        if name not in known:
+            raise OptionError(f"{what}: got {name!r}; allowed: {', '.join(known)}")
+
+
 def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "auto", memory: str = "auto") -> Tensor:
     """y = x W'ᵀ + bias for the program's W', by the plan named or the cheapest.
 
@@ -99,10 +110,11 @@ def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "au
     float32.
 
     Raises:
-        LayoutError: the plan named cannot run this expression (no fused form; no W' where a gate depends on the input).
+        OptionError: no such plan or memory mode.
+        LayoutError: the plan named cannot run this expression (no fused form; no W' where a gate depends on the input; a base
+            that trains, whose gradient the custom functions do not give).
     """
-    if plan not in PLANS:
-        raise OptionError(f"plan: got {plan!r}; allowed: {', '.join(PLANS)}")
+    require_known(plan, memory)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         if x.is_floating_point() and x.dtype != torch.float64:
@@ -115,6 +127,8 @@ def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "au
 def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: str) -> Tensor:
     if plan == "plain" or (plan == "auto" and _must_be_plain(program)):
         return _plain(program, x, bias)
+    if plan in ("fused", "effective") and program.base.trains():
+        raise LayoutError(f"plan {plan!r}: the base weight trains too, and this plan has no gradient for it; use plan='plain'")
     expr = program.expression(x=x if program.needs_x else None)
     if plan in ("auto", "fused"):
         fused = program.kept[1] if program.kept is not None else _fused_form(expr, program.base)
@@ -343,7 +357,8 @@ class _Effective(torch.autograd.Function):
         ctx.program = program
         ctx.save_for_backward(x, *leaves)
         W = program.expression(leaves).dense()
-        return F.linear(x, like(W, x), None if bias is None else like(bias, x))
+        y = F.linear(x.reshape(-1, x.shape[-1]), like(W, x), None if bias is None else like(bias, x))
+        return y.resize_(*x.shape[:-1], y.shape[-1])  # not a view, which nobody could change in place
 
     @staticmethod
     @once

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import InactiveError
+from rankfold.errors import DataError, InactiveError
 
 from .host import Host
 from .store import Member, Slot, Store
 
-__all__ = ["CallWatch", "call_model", "probe", "silent_sites"]
+__all__ = ["CallWatch", "call_model", "probe", "silent_sites", "unchanged"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -25,6 +26,30 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """After the block the modes, buffers (running averages of norm layers) and random states are as before it."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, b, b.clone())
+        for path, module in model.named_modules()
+        if path.partition(".")[0] != "rankfold"
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    if module._buffers.get(name) is buffer:  # one that was replaced belongs to whatever replaced it
+                        buffer.copy_(value)
+
+
 def _hosts(store: Store, member: Member) -> dict[str, Host]:
     modules = dict(store.model.named_modules())
     return {slot.site.name: modules[slot.site.name].__dict__["_rankfold"] for slot in member.slots.values()}
@@ -34,6 +59,12 @@ def silent_sites(store: Store, member: Member, since: dict[str, int]) -> list[st
     """Site keys whose module was not called since the counts in `since`."""
     hosts = _hosts(store, member)
     return [key for key, slot in member.slots.items() if hosts[slot.site.name].calls <= since.get(slot.site.name, 0)]
+
+
+def _require_calls(store: Store, member: Member, since: dict[str, int]) -> None:
+    silent = silent_sites(store, member, since)
+    if silent:
+        raise InactiveError(bypassed(silent))
 
 
 def counts(store: Store, member: Member) -> dict[str, int]:
@@ -67,9 +98,7 @@ class CallWatch:
         self.open.discard(mode)
         if not self.open:
             store.watchers.remove(self)
-        silent = silent_sites(store, self.member, self.since)
-        if silent:
-            raise InactiveError(bypassed(silent))
+        _require_calls(store, self.member, self.since)
 
 
 def probe(
@@ -77,28 +106,26 @@ def probe(
 ) -> list[tuple[str, str]]:
     """Run one batch in eval mode without gradient and one in train mode (with `loss`, backward); give the sites without effect.
 
+    The model is afterwards as before.
+
     Raises:
+        DataError: no batches.
         InactiveError: a site is bypassed, or a site that the user named gets no gradient.
     """
-    batch = next(iter(batches))
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise DataError("batches: none at all; give at least one, or leave batches out")
     model = store.model
-    mode = model.training
-    try:
+    with unchanged(model):
         model.eval()
         since = counts(store, member)
         with torch.no_grad():
             loss(model, batch) if loss is not None else call_model(model, batch)
-        silent = silent_sites(store, member, since)
-        if silent:
-            raise InactiveError(bypassed(silent))
+        _require_calls(store, member, since)
         model.train()
         since = counts(store, member)
         without = _without_gradient(store, member, model, batch, loss)
-        silent = silent_sites(store, member, since)
-        if silent:
-            raise InactiveError(bypassed(silent))
-    finally:
-        model.train(mode)
+        _require_calls(store, member, since)
     if without and not automatic:
         raise InactiveError(
             f"no gradient reaches {', '.join(without)}: the loss does not depend on these sites; leave them out of targets"
@@ -113,11 +140,10 @@ def _without_gradient(store: Store, member: Member, model: nn.Module, batch: Any
         return []
     tensors = {key: _trainable(store, slot) for key, slot in member.slots.items()}
     flat = list({id(t): t for ts in tensors.values() for t in ts}.values())
-    with torch.random.fork_rng(devices=[]):
-        value = loss(model, batch)
-        if not value.requires_grad:  # it depends on none of them
-            return [key for key, ts in tensors.items() if ts]
-        grads = torch.autograd.grad(value, flat, allow_unused=True)
+    value = loss(model, batch)
+    if not value.requires_grad:  # it depends on none of them
+        return [key for key, ts in tensors.items() if ts]
+    grads = torch.autograd.grad(value, flat, allow_unused=True)
     reached = {id(t) for t, g in zip(flat, grads) if g is not None}
     return [key for key, ts in tensors.items() if ts and not any(id(t) in reached for t in ts)]
 

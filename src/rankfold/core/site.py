@@ -19,6 +19,7 @@ from rankfold.errors import TargetError, nearest
 __all__ = ["SITE_KINDS", "Site", "Targets", "every_site", "find_sites"]
 
 SITE_KINDS = ("linear", "conv1d", "embedding", "rows", "tied")
+"""How a weight may stand in a model: what the laws are tried on. The last two are no `Site.kind`; `rows` and `tied` say so."""
 ALL_LINEAR = "all-linear"
 ALL = "all"
 _ROWS = re.compile(r"^(?P<name>.+)\[(?P<rows>[^\]]+)\]$")
@@ -31,7 +32,7 @@ class Site:
     Args:
         name: path of the module, "encoder.layer.0.attention.self.query".
         shape: (out, in) of the map.
-        kind: linear, conv1d (transposed linear) or embedding.
+        kind: linear, conv1d (transposed linear), embedding, or block (where a side module stands).
         rows: half-open range of output rows, for a fused weight (q, k, v in one).
         batch: number of stacked maps (experts); tensors get it as leading dimension, methods never see it.
         group: name shared by sites that read the same input; None means not known.
@@ -94,7 +95,7 @@ def _heads(model: nn.Module) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     has_body = bool(prefix) and hasattr(model, prefix)
     for name, module in model.named_modules():
-        if module is output or (has_body and name and not name.startswith(prefix) and not name.startswith("rankfold")):
+        if module is output or (has_body and name and name.partition(".")[0] not in (prefix, "rankfold")):
             names.add(name)
     return names
 
@@ -123,7 +124,7 @@ class Targets:
         cls, targets: str | Sequence[str] | Targets = ALL_LINEAR, exclude: str | Sequence[str] = (), regex: bool = False
     ) -> Targets:
         if isinstance(targets, Targets):
-            return targets
+            return replace(targets, exclude=targets.exclude + _patterns(exclude), regex=targets.regex or regex)
         return cls(_patterns(targets), _patterns(exclude), regex)
 
     @property
@@ -194,7 +195,7 @@ def find_sites(
         elif pattern == ALL:
             found = hits = sites
         else:
-            slice_ = _ROWS.match(pattern)
+            slice_ = None if pattern.startswith("re:") else _ROWS.match(pattern)
             plain = slice_["name"] if slice_ else pattern
             hits = [s for s in sites if targets.matches(plain, s.name)]
             found = hits

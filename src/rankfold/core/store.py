@@ -47,15 +47,22 @@ class Slot:
     _t: Tensors = None
     _version: int = -1
 
+    def __post_init__(self) -> None:
+        self._class = _tuple_class(self.fields)  # kept: a graph that looks it up in a cache warns of that
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_t": None, "_version": -1}
+        return {k: v for k, v in self.__dict__.items() if k != "_class"} | {"_t": None, "_version": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def t(self, store: Store) -> Tensors:
         """The namedtuple of the site's tensors; made once, and again only when tensors were replaced or are slices that train."""
         if self._t is not None and self._version == store.version:
             return self._t
         values = [self._read(store, name) for name in self.fields]
-        t = _tuple_class(self.fields)(*values)
+        t = self._class(*values)
         fixed = not self.emits and all(s is None or not store.tensor(n).requires_grad for n, s in self.binding.values())
         if fixed and not torch.compiler.is_compiling():
             self._t, self._version = t, store.version
@@ -191,6 +198,11 @@ class Store(nn.Module):
     # on and off
 
     def switch(self, active: dict[str, float | Tensor]) -> None:
+        """Exactly these adapters on, each at its weight.
+
+        Raises:
+            UnknownName: no adapter of that name.
+        """
         for name in active:
             if name not in self.members:
                 raise UnknownName.of("adapter", name, self.members)
@@ -238,7 +250,11 @@ def emit(store: Store, member: Member) -> None:
 
 
 def store_of(model: nn.Module, create: bool = False) -> Store | None:
-    """The store of a model, or None; `create` makes and registers one."""
+    """The store of a model, or None; `create` makes and registers one.
+
+    Raises:
+        LayoutError: the model has an attribute of that name already.
+    """
     store = model._modules.get(CHILD)
     if store is None and create:
         if hasattr(model, CHILD):

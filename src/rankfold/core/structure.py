@@ -34,6 +34,7 @@ __all__ = [
     "StartContext",
     "Structure",
     "Tensors",
+    "added",
     "kaiming",
     "layers",
     "trait",
@@ -240,7 +241,7 @@ class Stack(Decorator):
         return self.inner.fits(site) or self.outer.fits(site)
 
     def objectives(self, t: Mapping[str, Tensors], sites: Sequence[Site]) -> dict[str, Tensor]:
-        return {**self.inner.objectives(t, sites), **self.outer.objectives(t, sites)}
+        return added(self.inner.objectives(t, sites), self.outer.objectives(t, sites))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +264,19 @@ class Offset(Decorator):
         start = t._replace(**{n: getattr(t, n + "0") for n in self.names(site)})
         now, then = (difference(self.inner.weight(W, at, site, ctx), W) for at in (t, start))
         return W + deviation(now, then)
+
+
+def added(*groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Named loss terms of several owners as one; terms of one name add up.
+
+    >>> added({"orthogonality": torch.tensor(1.0)}, {"orthogonality": torch.tensor(2.0)})
+    {'orthogonality': tensor(3.)}
+    """
+    terms: dict[str, Tensor] = {}
+    for group in groups:
+        for name, term in group.items():
+            terms[name] = terms[name] + term if name in terms else term
+    return terms
 
 
 def union(inner: dict[str, Spec], own: dict[str, Spec], who: Structure) -> dict[str, Spec]:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapters.adapter import Adapter, Entry
+from rankfold.adapters.adapter import Adapter
 from rankfold.adapters.atomic import recover_folder
 from rankfold.adapters.fingerprint import Fingerprint, compare
 from rankfold.adapters.formats import peft, serving
 from rankfold.adapters.native import JSON, NativeAdapter, SiteRecord
 from rankfold.core.attaching import specs_of
-from rankfold.core.site import Site, every_site
+from rankfold.core.site import every_site
 from rankfold.core.store import store_of
-from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, UnknownName, nearest
+from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, UnknownName
 from rankfold.training import saving
 from rankfold.training.method import method
 from rankfold.training.prints import fingerprint
@@ -125,7 +125,7 @@ def attach_adapter(
     known = {s.name: s for s in every_site(model)}
     records, tensors = [], {}
     for e in entries:
-        site = _fitting(e, known, source)
+        site = saving.fitting_site(e, known, source)
         alpha = _alpha(e.rank, e.scale, f"{source}: {e.key}")
         records.append(SiteRecord(site.name, site.kind, site.shape, site.rows, e.rank, None, site.group, site.tied, alpha))
         by_role = {"B": e.B, "A": e.A, "magnitude": e.magnitude}
@@ -148,19 +148,6 @@ def _same_base(model: nn.Module, copies: Fingerprint, source: str) -> None:
     verdict = compare(copies, fingerprint(model, [n for n in names if n in present]))
     if verdict.verdict == "different":
         raise FingerprintError(f"{source}: made for another base ({verdict.reason}). Load it all the same: force=True (--force)")
-
-
-def _fitting(e: Entry, known: Mapping[str, Site], source: str) -> Site:
-    """The site of the model that an entry speaks of; the file's word for its kind is not needed."""
-    site = known.get(e.name)
-    if site is None:
-        close = ", ".join(nearest(e.name, known)) or "none: it has no linear layer and no embedding"
-        raise FileError(f"{source}: this model has no site {e.name!r}; nearest: {close}")
-    if e.rows is not None:
-        site = Site(site.name, (e.rows[1] - e.rows[0], site.shape[1]), site.kind, e.rows, tied=site.tied)
-    if e.shape != site.shape or (e.kind == "embedding") != (site.kind == "embedding"):
-        raise FileError(f"{source}: {e.key} changes a map {e.shape} ({e.kind}); in this model it is {site.shape} ({site.kind})")
-    return site
 
 
 def _users(model: nn.Module) -> dict[str, list[str]]:

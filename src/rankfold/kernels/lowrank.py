@@ -86,7 +86,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
         need_A, need_B = ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         ctx.save_for_backward(flat if need_A else None, h if need_B else None, B, A, B0, A0)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.resize_(*x.shape[:-1], y.shape[-1])  # torch lets nobody change a view in place that a function returns
 
     @staticmethod
     @once

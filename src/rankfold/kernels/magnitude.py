@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.errors import LayoutError
+
 from .lowrank import Drop, combine, gradients, stack_factors
 from .once import once
 
@@ -61,22 +63,24 @@ class _MagnitudeLinear(torch.autograd.Function):
         y = amplify(u, m / norm)
         if bias is not None:
             y += bias.to(y.dtype)
+        y = y.resize_(*x.shape[:-1], y.shape[-1])  # not a view: see `lowrank`
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
         keep_x = need_A or (need_m and bool((m.abs() < VANISHED * norm).any()))
         ctx.save_for_backward(flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0)
         ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once
     def backward(ctx: Any, gy):
-        x, h, y, bias, m, norm, B, A, B0, A0 = ctx.saved_tensors
+        x, h, y, bias, m, norm, B, A, B0, A0 = _saved(ctx)
         g = gy.reshape(-1, gy.shape[-1])
         gain = m / norm
         gm = None
         if y is not None:
-            total = (g * y).sum(0, dtype=m.dtype)  # rounding each product as y itself is rounded averages out in the sum
+            # rounding each product as y itself is rounded averages out in the sum
+            total = (g * y.reshape(g.shape)).sum(0, dtype=m.dtype)
             if bias is not None:
                 total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
             gm = total / m
@@ -99,6 +103,18 @@ class _MagnitudeLinear(torch.autograd.Function):
             None if gA is None else gA.to(A.dtype),
             *(None,) * 5,
         )
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise LayoutError(
+            "the gradient of a magnitude reads the layer's output, which what follows it has changed in place (as "
+            "ReLU(inplace=True) does): set inplace=False there, or choose plan='structured'"
+        ) from error
 
 
 def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, norm: Tensor, B, A, B0, A0) -> Tensor:
@@ -124,6 +140,9 @@ def magnitude_linear(
     p_seed: Drop = None,
 ) -> Tensor:
     """(m / norm) ⊙ (x Wᵀ + s·(drop(x) Aᵀ) Bᵀ) + bias; `norm` [out] is a constant of the backward pass.
+
+    Raises:
+        LayoutError: (from the backward pass) what follows changed the output in place, which the gradient of m reads.
 
     >>> import torch
     >>> from rankfold.linalg import Dense

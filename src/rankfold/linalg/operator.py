@@ -78,7 +78,7 @@ class Operator:
         return g @ like(self.dense(), g)
 
     def dense(self) -> Tensor:
-        """The matrix itself, [*batch, out, in]. The oracle of everything else; no fast path calls it."""
+        """The matrix itself, [*batch, out, in]. The oracle of everything else; of the plans only "effective" calls it."""
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return self.rmatmul(eye.expand(*self.batch, *eye.shape))
 

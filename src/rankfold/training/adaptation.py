@@ -17,10 +17,11 @@ from rankfold.core.attaching import add_extra, attach, check_sites, detach, spec
 from rankfold.core.base import Base
 from rankfold.core.blocks import find_blocks
 from rankfold.core.folding import fold, folded_weights, unfold
+from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch, probe
 from rankfold.core.site import Site, Targets, find_sites
 from rankfold.core.store import Member, Slot, Store, store_of
-from rankfold.core.structure import SideModule, Spec, Structure, trait
+from rankfold.core.structure import SideModule, Spec, Structure, added, trait
 from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError, UnknownName
 from rankfold.linalg.random import Random
 
@@ -145,11 +146,16 @@ class Adaptation:
         """Switch to these adapters, each at its weight: W + Σ_k weight_k · (W_k − W), the exact sum of their changes.
 
         Raises:
-            UnknownName: no such adapter. OptionError: as many weights as names, or one.
+            UnknownName: no such adapter.
+            OptionError: a name twice, or another number of weights than one, or one for each.
+            CompositionError: a weight other than 1 for an adapter that owns whole tensors.
+            LayoutError: the model is folded.
         """
         weights: list[Any] = list(weight) if isinstance(weight, list | tuple) else [weight] * len(names)
         if len(weights) != len(names):
             raise OptionError(f"use: {len(names)} adapters and {len(weights)} weights; give one weight, or one for each")
+        if len(set(names)) < len(names):
+            raise OptionError(f"use: {', '.join(names)}: a name stands there twice; give each adapter one weight")
         for name, w in zip(names, weights):
             if name in self.attached and self.attached[name].member.extras and not (isinstance(w, float | int) and w == 1.0):
                 raise CompositionError(f"use: adapter {name!r} owns whole tensors (heads, biases), which have no weight but 1")
@@ -160,7 +166,11 @@ class Adaptation:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model itself, bitwise, within the block."""
+        """The base model itself, bitwise, within the block.
+
+        Raises:
+            LayoutError: the model is folded.
+        """
         if self.store.is_folded:
             raise LayoutError("the model is folded; unfold to get at the base")
         with self.store.disabled():
@@ -187,7 +197,11 @@ class Adaptation:
         return fold(self.store)
 
     def unfold(self) -> None:
-        """The original weights again, bitwise."""
+        """The original weights again, bitwise.
+
+        Raises:
+            LayoutError: the model is not folded.
+        """
         unfold(self.store)
 
     def folded_weights(self) -> dict[str, Tensor]:
@@ -198,22 +212,24 @@ class Adaptation:
         """Take an adapter off and free its tensors; with the last one the model is as it was before `adapt`."""
         names = [name] if name else list(self.attached)
         for n in names:
-            self._get(n)
+            engine = self._get(n).engine
             detach(self.model, n)
+            if engine is not None:
+                engine.uninstall()
             del self.attached[n]
 
     # training
 
     def objectives(self) -> dict[str, Tensor]:
         """Named loss terms of the structures, policies and losses that are on; add their sum to the loss."""
-        terms: dict[str, Tensor] = {}
+        terms: list[dict[str, Tensor]] = []
         for name in self.store.active:
             a = self.attached[name]
             slots = list(a.member.slots.values())
-            terms |= a.member.structure.objectives({s.site.key: s.t(self.store) for s in slots}, [s.site for s in slots])
+            terms.append(a.member.structure.objectives({s.site.key: s.t(self.store) for s in slots}, [s.site for s in slots]))
             if a.engine is not None:
-                terms |= a.engine.objectives()
-        return terms
+                terms.append(a.engine.objectives())
+        return added(*terms)
 
     def optimizer(
         self,
@@ -317,19 +333,26 @@ def adapt(
         method_: "lora", "dora", "magnitude+hra", "lora+init:pissa", ... (see `rf.method`), or a Method.
         targets: "all-linear" (no heads, routers, embeddings), "all", names, globs, row slices ("c_attn[q]").
         exclude: patterns taken out again.
-        name: of this adapter; a model may carry several.
+        name: of this adapter; a model may carry several. The new one is switched on alone.
         extras: modules (heads) whose parameters train whole, in copies that belong to the adapter.
         batches: what a data-driven init looks at, and what the probe runs; any iterable of model inputs.
         loss: loss(model, batch) -> scalar, for gradient-driven inits and the probe.
         seed: of every random start; the same seed gives the same tensors on every machine.
-        plan, memory: what the planner may do ("auto", or one of rankfold.core.PLANS; "auto", "keep", "recompute").
+        plan, memory: what the planner may do ("auto", or one of rankfold.core.PLANS; "auto", "keep", "recompute"), for the whole
+            model: the last call decides.
+        regex: take patterns that start with "re:" as regular expressions.
         budget: bytes that statistics may hold; more is refused before the pass starts.
+        progress: called with a line of text as the pass for statistics goes on.
         **options: of the method, bare or qualified: rank=8, alpha=16, **{"init.iterations": 4}.
 
     Raises:
         TargetError: targets that match nothing, a rank above the matrix, a site that can't be adapted.
         CompositionError, UnknownName, OptionError: from the method.
         InactiveError: the probe found a site that is bypassed or gets no gradient.
+        LayoutError: the name is taken, or the model is folded.
+        DataError, NumericError, BudgetError: from the pass for statistics.
+
+        Whatever is raised, the model is as it was before.
 
     >>> import torch, rankfold as rf
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
@@ -339,6 +362,7 @@ def adapt(
     >>> torch.equal(model(x), before)
     True
     """
+    require_known(plan, memory)
     m = method(method_, **options)
     sites, dropped, chosen = choose_sites(model, m, targets, exclude, regex)
     seen = _several(batches)
@@ -348,6 +372,7 @@ def adapt(
     dropped += [(key, "gets no gradient") for key in unreached]
     structures, removed = _allocate(m, [s for s in sites if s.key not in unreached], statistics)
     dropped += removed
+    on_before = dict(there.active) if (there := store_of(model)) is not None else {}
     while True:
         sites = [s for s in sites if s.key in structures]
         member = attach(model, name, sites, structures, _filler(m, statistics, seed), seed)
@@ -359,8 +384,9 @@ def adapt(
             store.switch({name: 1.0})
             watch = CallWatch(store, member)
             silent = probe(store, member, seen, loss, chosen.automatic) if seen is not None else []
-        except Exception:
+        except BaseException:
             handle.remove(name)
+            store.switch(on_before)
             raise
         if not silent:
             break
@@ -468,6 +494,7 @@ class OwnUpdate:
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
+        self.member = attached.member
         self.seen: int | None = None
 
     def before_forward(self, store: Store) -> None:

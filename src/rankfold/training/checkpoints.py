@@ -179,6 +179,7 @@ def restore(folder: str | Path, adaptation: Adaptation, state: RunState, name: s
             _copy(adaptation, extra.key, saved.extras[extra.name], folder)
     attached.engine = Engine(attached.method.rank, attached.method.losses, adaptation.store, attached.member)
     attached.engine.load_state_dict(state.engine)
+    attached.engine.moved = True  # it was us, and no foreign optimizer
 
 
 def _copy(adaptation: Adaptation, key: str, value: Tensor, folder: str | Path) -> None:

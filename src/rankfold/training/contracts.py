@@ -6,7 +6,7 @@ Members are frozen dataclasses whose fields are their options. What composes wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -238,6 +238,3 @@ def require(member: Any, roles: Roles, structure: str) -> None:
             f"structure {structure!r} trains {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
             f"  every pair and its reason: rankfold methods --matrix"
         )
-
-
-Objective = Callable[..., Tensor]

@@ -253,7 +253,7 @@ class _Surgeon:
         for name, which in dims.items():
             key = slot.binding[name][0]
             self._swap(key, of_tensor(name, specs[name])(self.store.tensor(key), which), partial(of_state, dims=which))
-        self._finish(slot, structure)
+        slot.structure = structure
         return len(dims)
 
     def _replace(self, edit: Replace, slot: Slot) -> int:
@@ -269,7 +269,7 @@ class _Surgeon:
         for name, role in given.items():
             key = slot.binding[name][0]
             self._swap(key, edit.values[role].to(self.store.tensor(key)).clone(), None)
-        self._finish(slot, structure)
+        slot.structure = structure
         return len(given)
 
     def _at_rank(self, slot: Slot, rank: int) -> tuple[Structure, dict[str, list[int]]]:
@@ -282,9 +282,6 @@ class _Surgeon:
         if shared:
             raise CompositionError(f"{slot.site.key} shares {', '.join(shared)} with other sites: its rank can't change alone")
         return structure, dims
-
-    def _finish(self, slot: Slot, structure: Structure) -> None:
-        slot.structure = structure
 
     # the optimizer
 

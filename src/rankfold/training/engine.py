@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfold.core.store import Member, Store
+from rankfold.core.structure import added
 from rankfold.errors import FileError, InactiveError, OptionError
 
 from .contracts import POINTS, Edit, Loss, RankPolicy, SiteView
@@ -65,10 +66,7 @@ class Engine:
     def objectives(self) -> dict[str, Tensor]:
         """Named loss terms of the policy and of the losses."""
         views = self.views()
-        terms = dict(self.policy.objectives(views))
-        for loss in self.losses:
-            terms |= loss.objectives(views)
-        return terms
+        return added(self.policy.objectives(views), *(loss.objectives(views) for loss in self.losses))
 
     # what it does
 
@@ -227,12 +225,12 @@ class Engine:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             site, _, leaf = rest.rpartition("/")
-            if kind == "pace":
+            if kind == "pace" and rest in self.member.owned():
                 paces[rest] = tensor.to(self.store.tensor(rest).device, copy=True)
             elif site in state:
                 state[site][leaf] = tensor.to(self._device(site), copy=True)
             else:
-                raise FileError(f"the saved run holds {name!r}, but this adapter has no such site")
+                raise FileError(f"the saved run holds {name!r}, but this adapter has no such site or tensor")
         self.state, self.paces, self.history = state, paces, history
         self.step, self.calls, self.reached = int(values["step"]), int(values["calls"]), set(values["reached"])
         self.touched = {k: int(v) for k, v in values["touched"].items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from rankfold.adapters.fingerprint import compare
 from rankfold.adapters.native import NativeAdapter, SiteRecord, load_native, save_native
 from rankfold.core.attaching import add_extra, attach, specs_of
 from rankfold.core.host import site_program
+from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch
-from rankfold.core.site import Site
-from rankfold.core.store import Slot
+from rankfold.core.site import Site, every_site
+from rankfold.core.store import Member, Slot, Store, store_of
 from rankfold.core.structure import SideModule, Structure
-from rankfold.errors import CompositionError, FileError, FingerprintError, RankfoldError
+from rankfold.errors import CompositionError, FileError, FingerprintError, RankfoldError, nearest
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
 
 from .adaptation import Adaptation, Attached, OwnUpdate, member_store
@@ -30,7 +32,7 @@ from .prints import fingerprint
 if TYPE_CHECKING:
     from rankfold.core.base import Base
 
-__all__ = ["load", "normal_form", "record_of", "save"]
+__all__ = ["attach_record", "fitting_site", "load", "normal_form", "record_of", "save"]
 
 
 def record_of(adaptation: Adaptation, name: str | None = None) -> NativeAdapter:
@@ -111,13 +113,17 @@ def attach_record(
     plan: str = "auto",
     memory: str = "auto",
 ) -> Adaptation:
-    """Attach an adapter given as plain data."""
+    """Attach an adapter given as plain data.
+
+    Raises: as `load`. The model is then as it was before.
+    """
+    require_known(plan, memory)
     try:
         m = method(record.method, **record.options)
     except RankfoldError as error:
         raise FileError(f"{source}: its method {str(record.method)[:80]!r} can't be made here: {error}") from error
-    modules = dict(model.named_modules())
-    sites = [_site(item, modules, source) for item in record.sites]
+    known, modules = {s.name: s for s in every_site(model)}, dict(model.named_modules())
+    sites = [_site(item, known, modules, source) for item in record.sites]
     if record.base is not None and not force:
         verdict = compare(record.base, fingerprint(model, sorted({s.name for s in sites})))
         if verdict.verdict == "different":
@@ -136,12 +142,14 @@ def attach_record(
         shared = {n.rpartition(":")[2]: t for n, t in record.shared.items() if _serves(n, site)}
         return {**shared, **found[site.key]}
 
+    on_before = dict(there.active) if (there := store_of(model)) is not None else {}
     member = attach(model, name, sites, structures, fill, int(record.trained.get("seed", 0)))
     store = member_store(model)
     handle = store.handle = store.handle or Adaptation(store)
     a = handle.attached[name] = Attached(m, member, int(record.trained.get("seed", 0)), labels=record.labels)
     a.trained = {k: v for k, v in record.trained.items() if k != "seed"}
     try:
+        _check_shared(record, store, member, source)
         for full, value in record.extras.items():
             owner, _, param = full.rpartition(".")
             extra = add_extra(store, member, owner, param, alone=full in record.untied)
@@ -149,8 +157,9 @@ def attach_record(
                 raise FileError(f"{source}: extra tensor {full!r} {tuple(value.shape)} does not fit this model")
             store.replace(extra.key, value.to(store.tensor(extra.key)))
         store.switch({name: 1.0})
-    except Exception:
+    except BaseException:
         handle.remove(name)
+        store.switch(on_before)
         raise
     store.plan, store.memory = plan, memory
     store.watchers += [CallWatch(store, member), OwnUpdate(a)]
@@ -170,12 +179,42 @@ def _at_rank(structure: Structure, rank: int | None, alpha: float | None, where:
     return structure if same and alpha is None else structure.at_rank(rank, alpha)  # type: ignore[arg-type]
 
 
-def _site(item: SiteRecord, modules: Mapping[str, nn.Module], source: str) -> Site:
-    if item.name not in modules:
-        from rankfold.errors import nearest
+def fitting_site(item: SiteRecord | Entry, known: Mapping[str, Site], source: str) -> Site:
+    """The site of the model that a file's entry speaks of; the file's word for its kind is not needed.
 
-        raise FileError(f"{source}: this model has no module {item.name!r}; nearest: {', '.join(nearest(item.name, modules))}")
-    return Site(item.name, item.shape, item.kind, item.rows, item.batch, item.group, item.tied)
+    Raises:
+        FileError: no such site, or one of another shape.
+    """
+    site = known.get(item.name)
+    if site is None:
+        close = ", ".join(nearest(item.name, known)) or "none: it has no linear layer and no embedding"
+        raise FileError(f"{source}: this model has no site {item.name!r}; nearest: {close}")
+    total = site.shape[0]
+    if item.rows is not None:
+        site = replace(site, rows=item.rows, shape=(item.rows[1] - item.rows[0], site.shape[1]))
+    outside = item.rows is not None and item.rows[1] > total
+    if outside or item.shape != site.shape or (item.kind == "embedding") != (site.kind == "embedding"):
+        raise FileError(
+            f"{source}: {item.key} changes a map {item.shape} ({item.kind}); in this model {item.name} is "
+            f"{(total, site.shape[1])} ({site.kind})"
+        )
+    return site
+
+
+def _site(item: SiteRecord, known: Mapping[str, Site], modules: Mapping[str, nn.Module], source: str) -> Site:
+    if item.kind == "block":
+        if item.name not in modules:
+            close = ", ".join(nearest(item.name, modules))
+            raise FileError(f"{source}: this model has no module {item.name!r}; nearest: {close}")
+        return Site(item.name, item.shape, item.kind)
+    return replace(fitting_site(item, known, source), batch=item.batch, group=item.group, tied=item.tied)
+
+
+def _check_shared(record: NativeAdapter, store: Store, member: Member, source: str) -> None:
+    wanted = {name_in_file(member.name, key): tuple(store.tensor(key).shape) for key in _shared(member.slots, member.name)}
+    here = {n: tuple(t.shape) for n, t in record.shared.items()}
+    if here != wanted:
+        raise FileError(f"{source}: holds the shared tensors {here or 'none'}; method {record.method!r} wants {wanted or 'none'}")
 
 
 def _check_tensors(record: NativeAdapter, sites: list[Site], structures: Mapping[str, Structure], source: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.probing import call_model
+from rankfold.core.probing import call_model, unchanged
 from rankfold.core.site import Site
 from rankfold.core.store import store_of
 from rankfold.errors import BudgetError, DataError, InactiveError, LayoutError, NumericError, OptionError
@@ -147,13 +147,11 @@ def collect(
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, adapters off; afterwards modes, gradients, `requires_grad` and the random state are as they were."""
-    modes = {module: module.training for module in model.modules()}
+    """Eval mode, adapters off; afterwards gradients, `requires_grad` and whatever `unchanged` looks after are as they were."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     store = store_of(model)
-    devices = sorted({p.device.index for p, _, _ in before if p.device.type == "cuda" and p.device.index is not None})
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(unchanged(model))
         if store is not None:
             stack.enter_context(store.disabled())
         try:
@@ -166,8 +164,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for p, required, grad in before:
                 p.requires_grad_(required)
                 p.grad = grad
-            for module, mode in modes.items():
-                module.training = mode
 
 
 @dataclass

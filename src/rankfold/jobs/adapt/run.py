@@ -71,7 +71,8 @@ def adapt_job(settings: AdaptSettings) -> Result:
     """
     s = settings.filled()
     screen = Screen(s.quiet)
-    check_out(s.out)
+    if not s.dry_run:
+        check_out(s.out)
     ready = prepare(s, screen)
     if s.dry_run:
         from .dry import dry_run

@@ -20,7 +20,8 @@ from rankfold.training.optimizers import DeviationAdamW, groups
 class AdamW(Update):
     """p ← p − lr·λ·(p − p₀) − lr·m̂ / (√v̂ + ε), with p₀ = 0 but for tensors measured from a start of their own.
 
-    So decay always pulls the weight towards the base's. Matrices decay; biases, norms, gates and magnitudes don't.
+    So decay pulls a changed weight towards the base's; an owned copy of a whole weight (full, heads) goes towards zero, as in
+    full fine-tuning. Matrices decay; biases, norms, gates and magnitudes don't.
 
     >>> import torch
     >>> B = Trainable("query/B", torch.nn.Parameter(torch.ones(4, 2)), "B")
