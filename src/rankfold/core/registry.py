@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankfold.errors import CompositionError, UnknownName
+from rankfold.errors import CompositionError, FileError, UnknownName
 
 __all__ = ["AXES", "Entry", "Option", "entries", "find", "load_file", "register", "resolve"]
 
@@ -116,7 +116,10 @@ def _entry_point_files() -> tuple[Path, ...]:
 
 @functools.cache
 def _read(file: Path, _stamp: int) -> tuple[Entry, ...]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError) as error:
+        raise FileError(f"{file}: can't be read as Python ({error})") from error
     found = []
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
@@ -178,5 +181,8 @@ def resolve(entry: Entry) -> type[Any]:
             assert spec
             assert spec.loader
             sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except ImportError as error:
+                raise FileError(f"{entry.file}: {entry.key} can't be imported ({error})") from error
     return _classes[key]

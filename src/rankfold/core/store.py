@@ -6,7 +6,6 @@ state_dict of the model holds the base alone.
 
 from __future__ import annotations
 
-import functools
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,21 +47,17 @@ class Slot:
     _version: int = -1
 
     def __post_init__(self) -> None:
-        self._class = _tuple_class(self.fields)  # kept: a graph that looks it up in a cache warns of that
+        _tuple_class(self.fields)  # made now, so that a traced forward only looks it up
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_class"} | {"_t": None, "_version": -1}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+        return {**self.__dict__, "_t": None, "_version": -1}
 
     def t(self, store: Store) -> Tensors:
         """The namedtuple of the site's tensors; made once, and again only when tensors were replaced or are slices that train."""
         if self._t is not None and self._version == store.version:
             return self._t
         values = [self._read(store, name) for name in self.fields]
-        t = self._class(*values)
+        t = _tuple_class(self.fields)(*values)
         fixed = not self.emits and all(s is None or not store.tensor(n).requires_grad for n, s in self.binding.values())
         if fixed and not torch.compiler.is_compiling():
             self._t, self._version = t, store.version
@@ -80,9 +75,13 @@ class Slot:
         return self.structure.weight(self.base, t, self.site, ctx)
 
 
-@functools.cache
+_classes: dict[tuple[str, ...], type] = {}  # not functools.cache, of which torch.compile warns
+
+
 def _tuple_class(fields: tuple[str, ...]) -> type:
-    return namedtuple("Tensors", fields)
+    if fields not in _classes:
+        _classes[fields] = namedtuple("Tensors", fields)
+    return _classes[fields]
 
 
 @dataclass(eq=False)

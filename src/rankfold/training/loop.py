@@ -481,7 +481,7 @@ class _Run:
         text = f"the {what} became {value} at step {self.step + 1} of {self.total}; first in {place}"
         if self.settings.folder is not None and self.step and not place.startswith("tensor"):
             self.checkpoint()
-            text += f"\n  the state before that step is saved in {self.settings.folder}"
+            text += f"\n  the state before that step is saved in {self.settings.folder}: --resume goes on from there"
         return NumericError(f"{text}\n  often cured by a lower learning rate (now {self.settings.lr:g}), clipping, or float32")
 
 

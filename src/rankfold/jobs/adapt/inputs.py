@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankfold.errors import DataError, UnknownName
+from rankfold.errors import DataError, OptionError, UnknownName
 from rankfold.jobs.data import Table, label_names, names, read, split
 from rankfold.linalg.random import Random
 
@@ -45,9 +45,13 @@ def read_inputs(settings: AdaptSettings) -> Inputs:
     if s.limit is not None and s.limit < len(whole):
         whole = whole.take(Random(s.seed, "limit").choice(len(whole), s.limit).tolist())
     labels = label_names(whole) if s.task == "classify" else None
+    if labels is not None and len(labels) < 2:
+        raise DataError(f"{whole.source}: all {len(whole)} rows that --limit {s.limit} takes are {labels[0]!r}; take more rows")
     train, valid = whole, None
     if isinstance(s.valid, str):
         valid = _other(s.valid, s, "train")
+    elif s.valid >= 1:
+        raise OptionError(f"--valid: got {s.valid:g}; a share of the training rows lies from 0 to below 1, or name a file")
     elif s.valid > 0:
         train, valid = _held_out(whole, s)
     return Inputs(train, valid, None if test_source is None else _other(test_source, s, "test"), labels)

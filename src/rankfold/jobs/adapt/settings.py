@@ -83,6 +83,9 @@ class _Settings(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else cls.__name__
             if first["type"] == "missing":
                 raise OptionError(f"{name}: must be given") from None
+            said = str(first.get("ctx", {}).get("error", "")) if first["type"] == "value_error" else ""
+            if said:  # our own words, which name the option and the value already
+                raise OptionError(said) from None
             raise OptionError(f"{name}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
@@ -140,8 +143,10 @@ class AdaptSettings(_Settings):
     dtype: Dtype = Field("float32", description="of the frozen base in memory")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast); what trains stays float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: slower, less memory")
-    plan: str = Field("auto", description="how changes are computed (auto, fused, structured, effective, plain)")
-    memory: str = Field("auto", description="auto, keep or recompute")
+    plan: Literal["auto", "fused", "structured", "effective", "plain"] = Field(
+        "auto", description="how changes are computed: by the cheapest plan, or by the one named"
+    )
+    memory: Literal["auto", "keep", "recompute"] = Field("auto", description="keep what the backward pass needs, or recompute it")
     tokenizer: str | None = Field(None, description="folder, name, or `bytes`; the model's own by default")
 
     resume: bool = Field(False, description="go on from the last checkpoint in `out`")
