@@ -128,3 +128,10 @@ def test_a_model_by_name(command):
     code, out, _ = command("inspect", "tiny-llama")
     assert code == 0
     assert "layers.0.self_attn.q_proj" in out
+
+
+def test_looking_leaves_what_is_on(tmp_path):
+    adaptation = adapted("lora", rank=2)
+    adaptation.save(tmp_path / "a")
+    inspect_folder(tmp_path / "a", adaptation.model)
+    assert (list(adaptation.active), adaptation.names) == (["default"], ["default"])

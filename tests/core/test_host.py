@@ -210,3 +210,8 @@ def test_parsed_targets_take_more_to_exclude(model):
 
 def test_a_regular_expression_may_end_with_a_class_of_characters(model):
     assert [s.key for s in rf.adapt(model, "lora", rank=2, targets="re:[02]", regex=True).sites] == ["0", "2"]
+
+
+def test_an_option_outside_its_bounds_is_named_as_one_types_it():
+    with pytest.raises(OptionError, match=r"^lora-ga\.gamma: got -1"):
+        rf.method("lora-ga", gamma=-1)

@@ -54,7 +54,8 @@ class Options:
                 object.__setattr__(self, name, adapter.validate_python(_text(value)))
             except ValidationError as error:
                 reasons = "; ".join(sorted({e["msg"][0].lower() + e["msg"][1:] for e in error.errors()}))
-                raise OptionError(f"{type(self).__name__.lower()}.{name}: got {value!r}; {reasons}") from None
+                who = self.name or type(self).__name__.lower()
+                raise OptionError(f"{who}.{name}: got {value!r}; {reasons}") from None
 
 
 def _text(value: Any) -> Any:

@@ -41,7 +41,7 @@ METHODS = (
 )
 """Learning rates from benchmarks/results/defaults.json: other seed, no test rows."""
 
-PAIRS, VALID, TESTS = 1440, 100, 800
+PAIRS, VALID, TESTS = 1152, 100, 800
 SHOWN = 3  # queries whose results are printed
 ROOM = 130  # columns of the screen that the whole table takes
 

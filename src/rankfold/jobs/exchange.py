@@ -31,10 +31,10 @@ from .folded import write_folded
 if TYPE_CHECKING:
     from rankfold.training.adaptation import Adaptation
 
-__all__ = ["FORMATS", "ExportReport", "attach_adapter", "export", "folder_format", "load"]
+__all__ = ["FORMATS", "ExportReport", "attach_adapter", "borrowed", "export", "folder_format", "load"]
 
 FORMATS = ("peft", "folded", "serving")
-BORROWED = "rankfold-export"  # name of an adapter that is attached only to be exported
+BORROWED = "rankfold-borrowed"  # name of an adapter that is attached only to be exported or looked at
 
 
 def folder_format(path: str | Path) -> Literal["rankfold", "peft"]:
@@ -239,7 +239,7 @@ def export(
             f"export --to {to}: {'a folded model has no rank' if rank else 'the factors keep the dtype that they trained in'}"
         )
     out = Path(out)
-    with _attached(model, source, name, force) as (adaptation, name):
+    with borrowed(model, source, name, force) as (adaptation, name):
         ties = tuple(_broken_ties(model, adaptation, name))
         if to == "folded":
             errors = write_folded(adaptation, name, out, dtype)
@@ -260,14 +260,14 @@ def export(
 
 
 @contextmanager
-def _attached(
-    model: nn.Module, source: str | Path | Adaptation, name: str | None, force: bool
+def borrowed(
+    model: nn.Module, source: str | Path | Adaptation, name: str | None = None, force: bool = False
 ) -> Iterator[tuple[Adaptation, str]]:
     """(handle, adapter's name), that adapter alone being on; the model is as before afterwards."""
     store = store_of(model)
     before = dict(store.active) if store is not None else {}
-    borrowed = isinstance(source, str | Path)
-    if borrowed:
+    from_folder = isinstance(source, str | Path)
+    if from_folder:
         adaptation, name = load(model, source, name=BORROWED, force=force), BORROWED  # type: ignore[arg-type]
     else:
         adaptation = source  # type: ignore[assignment]
@@ -276,7 +276,7 @@ def _attached(
         adaptation.use(name)
         yield adaptation, name
     finally:
-        if borrowed:
+        if from_folder:
             adaptation.remove(name)
         if (store := store_of(model)) is not None:
             store.switch(before)

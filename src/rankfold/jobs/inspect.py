@@ -27,7 +27,7 @@ from rankfold.training.adaptation import Adaptation
 from rankfold.training.method import method
 from rankfold.training.prints import fingerprint
 
-from .exchange import folder_format, load
+from .exchange import borrowed, folder_format
 
 __all__ = ["Inspection", "SiteRow", "inspect_adaptation", "inspect_folder", "inspect_model", "spectrum"]
 
@@ -96,11 +96,8 @@ def inspect_folder(path: str | Path, model: nn.Module | None = None, force: bool
     """
     kind = folder_format(path)
     if model is not None:
-        handle = load(model, path, name="inspected", force=force)
-        try:
-            rows = inspect_adaptation(handle, "inspected")
-        finally:
-            handle.remove("inspected")
+        with borrowed(model, path, force=force) as (handle, name):
+            rows = inspect_adaptation(handle, name)
     if kind == "peft":
         adapter = read_peft(path)
         found = _peft(adapter)

@@ -13,11 +13,11 @@ from rankfold.core.options import Options, option_names
 from rankfold.core.registry import AXES, Entry
 from rankfold.core.site import Site
 from rankfold.core.structure import Decorator, Offset, SideModule, Stack, Structure, layers
-from rankfold.errors import CompositionError, OptionError, UnknownName, nearest
+from rankfold.errors import CompositionError, OptionError, UnknownName
 
 from .contracts import Init, Loss, RankPolicy, Roles, Update, require, roles_of
 
-__all__ = ["Method", "compositions", "method", "methods"]
+__all__ = ["Method", "compositions", "method", "methods", "trainable_roles"]
 
 SAMPLE = Site("sample", (96, 64))
 
@@ -272,11 +272,3 @@ def _check(names: str, structure: Structure, init: Init, rank: RankPolicy, updat
             raise CompositionError(f"{names} + rank:{rank.name}: structure {names!r} has no rank that could be spread")
         if type(init).scores is Init.scores:
             raise CompositionError(f"init {init.name!r} gives no scores from which rank:{rank.name} could spread a budget")
-
-
-def suggestions(name: str) -> list[str]:
-    """Names of all axes near `name`."""
-    return nearest(name, [e.name for e in registry.entries()] + list(compositions()))
-
-
-__all__ += ["suggestions", "trainable_roles"]
