@@ -24,6 +24,9 @@ def main(path: str, grad_accum: int) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         tensors = {f"t{i}": t.detach() for i, t in enumerate(adaptation.tensors().values())}
         write_tensors(path, {**tensors, "losses": torch.tensor(history.losses, dtype=torch.float64)})
+    if torch.distributed.is_initialized():  # else a process that ends first takes the other's threads down with it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -168,7 +168,8 @@ def train(
     >>> history.losses[-1] < 0.1 * history.losses[0]
     True
     """
-    run = _Run(model, adaptation, as_source(batches), loss, settings or LoopSettings(), evaluate, weigh, identity, name)
+    settings = settings or LoopSettings()
+    run = _Run(model, adaptation, as_source(batches, settings.seed), loss, settings, evaluate, weigh, identity, name)
     mode = model.training
     with run.prepared(), _Signals() as signals, Progress("train", run.total, run.settings.progress) as bar:
         try:
