@@ -1,5 +1,6 @@
 """One run over however many processes were started: `python two_processes.py FILE` under torch's launcher, or alone."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,9 +25,9 @@ def main(path: str, grad_accum: int) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         tensors = {f"t{i}": t.detach() for i, t in enumerate(adaptation.tensors().values())}
         write_tensors(path, {**tensors, "losses": torch.tensor(history.losses, dtype=torch.float64)})
-    if torch.distributed.is_initialized():  # else a process that ends first takes the other's threads down with it
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        os._exit(0)  # gloo's threads, still running while the interpreter is taken down, abort a process now and then
 
 
 if __name__ == "__main__":
