@@ -122,7 +122,7 @@ def linear_merge() -> Fault:
                 t.B.copy_(layer.lora_B[name].weight)
                 t.A.copy_(layer.lora_A[name].weight)
     adaptation.use("a", "b", weight=[0.5, 0.5])
-    mine = {"base_model.model." + n: W - base.get_submodule(n).weight for n, W in adaptation.folded_weights().items()}
+    mine = {"base_model.model." + n.removesuffix(".weight"): W - base.get_parameter(n) for n, W in adaptation.folded_weights().items()}
     return {
         "what": "linear combination of two adapters: error of the combined change against the sum of the changes",
         "peft": _distance(merged, exact), "ours": _distance(mine, exact),
@@ -154,7 +154,7 @@ def rslora_combination() -> Fault:
     alone = adaptation.folded_weights()
     adaptation.use("a", "copy", weight=[0.5, 0.5])
     twice = adaptation.folded_weights()
-    mine = [float((twice[n] - W).norm() / (alone[n] - W).norm()) for n in alone for W in [base.get_submodule(n).weight.detach()]]
+    mine = [float((twice[n] - W).norm() / (alone[n] - W).norm()) for n in alone for W in [base.get_parameter(n).detach()]]
     return {
         "what": "an rsLoRA adapter combined with itself: size of the change over its right size",
         "peft": max(ratios), "ours": max(mine, key=lambda r: abs(r - 1)),

@@ -161,7 +161,7 @@ def _summed(base: nn.Module, text: str) -> float:
     adaptation.use("a", "b", weight=WEIGHTS)
     oracle = copy.deepcopy(base).double()
     for path in changes[0]:
-        W = oracle.get_submodule(path).weight
+        W = oracle.get_parameter(path)
         start = W.detach().clone()
         with torch.no_grad():
             for weight, change in zip(WEIGHTS, changes):

@@ -19,7 +19,7 @@ _HOME = {
     "Method": "training.method",
     "SITE_KINDS": "core.site",
     "Site": "core.site",
-    "Targets": "core.site",
+    "Targets": "core.targets",
     "adapt": "training.adaptation",
     "adaptation": "training.adaptation",
     "explain": "training.explain",
@@ -45,7 +45,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .core.site import SITE_KINDS, Site, Targets
+    from .core.site import SITE_KINDS, Site
+    from .core.targets import Targets
     from .jobs.exchange import load
     from .training.adaptation import Adaptation, adapt, adaptation
     from .training.explain import explain

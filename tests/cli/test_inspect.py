@@ -26,7 +26,7 @@ def adapted(method: str, **options) -> rf.Adaptation:
 
 def dense_change(adaptation: rf.Adaptation, key: str) -> torch.Tensor:
     W = model().get_submodule(key).weight.detach().double()
-    return adaptation.folded_weights()[key].double() - W
+    return adaptation.folded_weights()[f"{key}.weight"].double() - W
 
 
 METHODS = {

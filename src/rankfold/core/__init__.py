@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "AXES": "registry", "Entry": "registry", "entries": "registry", "find": "registry", "load_file": "registry",
     "register": "registry", "resolve": "registry",
-    "SITE_KINDS": "site", "Site": "site", "Targets": "site", "every_site": "site", "find_sites": "site",
+    "SITE_KINDS": "site", "Site": "site", "Targets": "targets", "every_site": "targets", "find_sites": "targets",
+    "kind_named": "kinds", "kind_of": "kinds",
     "find_blocks": "blocks",
     "Options": "options", "option_names": "options",
     "Base": "base", "DenseBase": "base", "base_of": "base",
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
     from .blocks import find_blocks
     from .folding import fold, folded_weights, unfold
     from .host import Host, site_program
+    from .kinds import kind_named, kind_of
     from .options import Options, option_names
     from .planner import PLANS, Program, explain, run
     from .probing import CallWatch, call_model, probe
     from .registry import AXES, Entry, entries, find, load_file, register, resolve
-    from .site import SITE_KINDS, Site, Targets, every_site, find_sites
+    from .site import SITE_KINDS, Site
     from .store import Extra, Member, Slot, Store, store_of
     from .structure import (
         Context,
@@ -55,3 +57,4 @@ if TYPE_CHECKING:
         layers,
         trait,
     )
+    from .targets import Targets, every_site, find_sites

@@ -11,7 +11,8 @@ from rankfold.errors import CompositionError, LayoutError, TargetError, UnknownN
 from rankfold.linalg.random import Random
 
 from .base import Base, base_of
-from .host import Host, host_module, refusal, release_module
+from .host import Host, host_module, release_module
+from .kinds import kind_named
 from .site import Site
 from .store import Extra, Member, Slot, Store, store_of
 from .structure import ROLE_STARTS, SideModule, Spec, StartContext, Structure, trait
@@ -68,9 +69,11 @@ def _kind_refusal(structure: Structure, site: Site) -> str | None:
     kinds = structure.core.kinds
     if kinds is not None and site.kind not in kinds:
         return f"{type(structure.core).__name__} is for {', '.join(sorted(kinds))}, not for {site.kind}"
-    if site.kind == "embedding" and trait(structure, "acts_on_input"):
+    if site.kind == "block" or not kind_named(site.kind).tokens:
+        return None
+    if trait(structure, "acts_on_input"):
         return "a transform of the input makes no sense on a vocabulary"
-    if site.kind == "embedding" and (trait(structure, "input_dependent") or trait(structure, "stochastic")):
+    if trait(structure, "input_dependent") or trait(structure, "stochastic"):
         return "a gate or dropout on the input makes no sense on token indices"
     return None
 
@@ -81,7 +84,7 @@ def _place_refusal(modules: Mapping[str, nn.Module], site: Site) -> str | None:
     parent = modules[site.name.rpartition(".")[0]]
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight without calling the module"
-    return refusal(modules[site.name], site)
+    return kind_named(site.kind).refusal(modules[site.module], site)
 
 
 def attach(
@@ -128,13 +131,13 @@ def _place(
     bases: dict[str, Base] = {}
     for site in sites:
         side = isinstance(structures[site.key], SideModule)
-        bases[site.key] = _Nowhere(modules[site.name], site) if side else base_of(modules[site.name], site)
+        bases[site.key] = _Nowhere(modules[site.module], site) if side else base_of(modules[site.module], site)
     specs = {s.key: specs_of(structures[s.key], s) for s in sites}
     shared = _join(member, sites, specs)
     for site in sites:
         values = dict(fill(site, structures[site.key], bases[site.key], specs[site.key])) if fill else {}
         slot = _bind(store, member, site, structures[site.key], bases[site.key], specs[site.key], values, shared, seed)
-        host = host_module(store, site.name, modules[site.name])
+        host = host_module(store, site.module, modules[site.module])
         _leave_fast_path(modules, site)
         if isinstance(slot.structure, SideModule):
             slot.base = None
@@ -146,7 +149,7 @@ def _place(
 def _leave_fast_path(modules: Mapping[str, nn.Module], site: Site) -> None:
     """An encoder layer of torch's own reads its weights without calling them, unless some module inside has a hook: so it
     gets one."""
-    path = site.name
+    path = site.module
     while "." in path:
         path = path.rpartition(".")[0]
         layer = modules[path]

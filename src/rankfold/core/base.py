@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.linalg import Operator, at_least_float32, like
 
+from .kinds import kind_named
 from .site import Site
 
 __all__ = ["Base", "DenseBase", "base_of"]
@@ -45,9 +46,7 @@ class Base(Operator):
     @property
     def total_rows(self) -> int:
         """Output rows of the whole stored weight, of which this may be a slice."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return weight.shape[1 if self.site.kind in ("conv1d", "embedding") else 0]
+        raise NotImplementedError
 
     @property
     def module_device(self) -> torch.device:
@@ -70,16 +69,19 @@ class DenseBase(Base):
     @property
     def stored(self) -> Tensor:
         """The tensor as it is stored, whatever its layout."""
-        weight = self.module.weight
+        weight = getattr(self.module, self.site.param)
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def W(self) -> Tensor:
         """[out, in], a view of the storage."""
-        weight = self.stored
-        W = weight if self.site.kind == "linear" else weight.mT
+        W = kind_named(self.site.kind).view(self.stored, self.site)
         return W if self.site.rows is None else W[self.site.rows[0] : self.site.rows[1]]
+
+    @property
+    def total_rows(self) -> int:
+        return int(kind_named(self.site.kind).view(self.stored, self.site).shape[-2])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +113,7 @@ class DenseBase(Base):
         return at_least_float32(self.W)
 
     def columns(self, index: Tensor) -> Tensor:
-        if self.site.kind == "embedding" and self.site.rows is None:
+        if kind_named(self.site.kind).tokens and self.site.rows is None:
             padding: Any = self.module.padding_idx
             return F.embedding(index, self.stored, padding)
         return self.W.mT[index]

@@ -6,7 +6,9 @@ from torch import nn
 
 from rankfold.errors import TargetError
 
-from .site import Site, Targets, kind_of
+from .kinds import kind_of
+from .site import Site
+from .targets import Targets
 
 __all__ = ["find_blocks"]
 

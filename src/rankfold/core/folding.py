@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankfold.errors import LayoutError
 
 from .host import Host, fold_weight, site_program
+from .kinds import kind_named
 from .store import Slot, Store
 
 __all__ = ["fold", "folded_weights", "unfold"]
@@ -36,32 +37,40 @@ def _check(store: Store) -> None:
 
 
 def folded_weights(store: Store) -> dict[str, Tensor]:
-    """W' of every changed module under the active adapters, in the layout and dtype of its storage. Writes nothing.
+    """W' under the active adapters by name of the stored weight, in the layout and dtype of the storage. Writes nothing.
 
     Raises:
         LayoutError: folded already, a change that depends on the input, or a side module.
     """
     _check(store)
     weights = {}
-    for path, (module, host) in _hosts(store.model).items():
-        on = [group for slots in host.slots.values() if (group := [s for s in slots if s.member.name in store.active])]
-        if on:
-            weights[path] = _folded(store, module, on)
+    for module, host in _hosts(store.model).values():
+        for name, groups in _by_weight(store, host).items():
+            weights[name] = _folded(store, module, groups)
     return weights
 
 
+def _by_weight(store: Store, host: Host) -> dict[str, list[list[Slot]]]:
+    """Slots of the adapters that are on, by site, by name of the stored weight."""
+    found: dict[str, list[list[Slot]]] = {}
+    for slots in host.slots.values():
+        if on := [s for s in slots if s.member.name in store.active]:
+            found.setdefault(on[0].site.weight, []).append(on)
+    return found
+
+
 def _folded(store: Store, module: nn.Module, groups: Sequence[Sequence[Slot]]) -> Tensor:
-    stored = module._parameters["weight"]
+    site = groups[0][0].site
+    stored = module._parameters[site.param]
     assert stored is not None
-    weight = stored.detach()
-    result = weight.clone()
+    kind = kind_named(site.kind)
+    if site.rows is None:
+        return kind.store(fold_weight(site_program(store, groups[0], training=False)), stored.detach(), site)
+    whole = kind.view(stored.detach(), site).clone()
     for group in groups:
-        site = group[0].site
-        W = fold_weight(site_program(store, group, training=False)).to(weight.dtype)
-        view = result if site.kind == "linear" else result.mT
-        rows = slice(None) if site.rows is None else slice(*site.rows)
-        view[rows] = W
-    return result
+        assert group[0].site.rows is not None
+        whole[slice(*group[0].site.rows)] = fold_weight(site_program(store, group, training=False)).to(whole.dtype)
+    return kind.store(whole, stored.detach(), site)
 
 
 def fold(store: Store) -> dict[str, float]:
@@ -76,22 +85,21 @@ def fold(store: Store) -> dict[str, float]:
     hosts = _hosts(store.model)
     errors: dict[str, float] = {}
     users: dict[int, list[str]] = {}
-    for name, module in store.model.named_modules():
-        parameter = module._parameters.get("weight")
-        if parameter is not None:
-            users.setdefault(id(parameter), []).append(name)
-    for path, W in weights.items():
-        module, host = hosts[path]
-        original = module._parameters["weight"]
-        assert original is not None
-        sharers = [name for name in users[id(original)] if name != path]
-        if sharers:
-            warnings.warn(
-                f"fold: {path} shared its weight with {', '.join(sharers)}; it now has a folded one of its own", stacklevel=3
-            )
-        errors[path] = _rounding(store, module, host, W)
-        module._parameters["weight"] = nn.Parameter(W, requires_grad=False)
-        store.folded.setdefault(path, []).append(("weight", original))
+    for name, parameter in store.model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for path, (module, host) in hosts.items():
+        for name, groups in _by_weight(store, host).items():
+            param = groups[0][0].site.param
+            original = module._parameters[param]
+            assert original is not None
+            sharers = [n.removesuffix(".weight") for n in users[id(original)] if n != name]
+            if sharers:
+                warnings.warn(
+                    f"fold: {path} shared its weight with {', '.join(sharers)}; it now has a folded one of its own", stacklevel=3
+                )
+            errors[groups[0][0].site.name] = _rounding(store, groups, weights[name])
+            module._parameters[param] = nn.Parameter(weights[name], requires_grad=False)
+            store.folded.setdefault(path, []).append((param, original))
     whole: dict[str, nn.Parameter] = {}
     for path, (module, host) in hosts.items():  # every module that shares an owned parameter: the tie stays
         for extra in (e for name, e in host.extras if name in store.active):
@@ -106,15 +114,12 @@ def fold(store: Store) -> dict[str, float]:
     return errors
 
 
-def _rounding(store: Store, module: nn.Module, host: Host, W: Tensor) -> float:
+def _rounding(store: Store, groups: Sequence[Sequence[Slot]], folded: Tensor) -> float:
     error = change = 0.0
-    for slots in host.slots.values():
-        group = [s for s in slots if s.member.name in store.active]
-        if not group:
-            continue
+    for group in groups:
         site = group[0].site
         exact = fold_weight(site_program(store, group, training=False))
-        view = W if site.kind == "linear" else W.mT
+        view = kind_named(site.kind).view(folded, site)
         stored = view if site.rows is None else view[slice(*site.rows)]
         assert group[0].base is not None
         error += float((stored.to(exact.dtype) - exact).square().sum())

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from rankfold.errors import LayoutError
 from rankfold.linalg import Operator, Scaled, Sum, difference, like
 
-from .base import base_of
+from .kinds import kind_named
 from .planner import Program, run
-from .site import Site
 from .store import Extra, Slot, Store
 from .structure import Context, SideModule, trait
 
-__all__ = ["Host", "fold_weight", "host_module", "hosted", "refusal", "release_module", "site_program", "swapped"]
+__all__ = ["Host", "fold_weight", "host_module", "hosted", "release_module", "site_program", "swapped"]
 
 
 class Host:
@@ -54,7 +53,7 @@ class Host:
         with swapped(module, self._own(module, store)) if self.extras and not store.is_folded else nullcontext():
             on = self._on()
             if on:
-                y = self._changed(module, on, args[0] if args else next(iter(kwargs.values())))
+                y = kind_named(on[0][0].site.kind).forward(self, module, native, on, args, kwargs)
             else:
                 y = native(module, *args, **kwargs)
         for slot in self.sides:
@@ -82,35 +81,11 @@ class Host:
         groups = ([s for s in group if s.member.name in store.active] for group in self.slots.values())
         return [group for group in groups if group]
 
-    def _changed(self, module: nn.Module, slots: list[list[Slot]], x: Tensor) -> Tensor:
-        if len(slots) == 1 and slots[0][0].site.rows is None:
-            return self._site(module, slots[0], x, getattr(module, "bias", None))
-        assert slots[0][0].base is not None
-        out = slots[0][0].base.total_rows
-        pieces, position = [], 0
-        for (start, stop), group in sorted(((g[0].site.rows or (0, out), g) for g in slots), key=lambda pair: pair[0]):
-            if position < start:
-                pieces.append(self._plain_rows(module, group[0].site, (position, start), x))
-            pieces.append(self._site(module, group, x, _rows_of(getattr(module, "bias", None), (start, stop))))
-            position = stop
-        if position < out:
-            pieces.append(self._plain_rows(module, slots[0][0].site, (position, out), x))
-        return torch.cat(pieces, -1)
+    def run(self, module: nn.Module, slots: Sequence[Slot], x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'ᵀ + bias at one site, by the planner."""
+        return run(self.program(slots, module.training), x, bias, self.store.plan, self.store.memory)
 
-    def _plain_rows(self, module: nn.Module, like_site: Site, rows: tuple[int, int], x: Tensor) -> Tensor:
-        site = Site(self.path, (rows[1] - rows[0], like_site.shape[1]), like_site.kind, rows=rows)
-        base = base_of(module, site)
-        if like_site.kind == "embedding":
-            return base.columns(x)
-        return run(Program(base, lambda leaves, x: base, ()), x, _rows_of(getattr(module, "bias", None), rows), "plain")
-
-    def _site(self, module: nn.Module, slots: Sequence[Slot], x: Tensor, bias: Tensor | None) -> Tensor:
-        program = self._program(slots, module.training)
-        if slots[0].site.kind == "embedding":
-            return program.expression().columns(x)
-        return run(program, x, bias, self.store.plan, self.store.memory)
-
-    def _program(self, slots: Sequence[Slot], training: bool) -> Program:
+    def program(self, slots: Sequence[Slot], training: bool) -> Program:
         """The program of a site, kept while nothing about it changes."""
         key = slots[0].site.key
         ready = self._ready.get(key)
@@ -157,10 +132,6 @@ def _first(output: Any, change: Any) -> Any:
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
     return change(output)
-
-
-def _rows_of(bias: Tensor | None, rows: tuple[int, int]) -> Tensor | None:
-    return None if bias is None else bias[rows[0] : rows[1]]
 
 
 @contextmanager
@@ -216,17 +187,6 @@ def release_module(module: nn.Module) -> None:
     """The module as it was before `host_module`."""
     if module.__dict__.pop("_rankfold", None) is not None:
         module.__class__ = type(module)._native  # type: ignore[attr-defined]
-
-
-def refusal(module: nn.Module, site: Site) -> str | None:
-    """Why this module can't host a site by its own forward, or None."""
-    known = {"linear": nn.Linear.forward, "embedding": nn.Embedding.forward}.get(site.kind)
-    forward = getattr(type(module), "_native", type(module)).forward
-    if known is not None and forward is not known:
-        return f"its class {type(module).__name__} has a forward of its own"
-    if site.kind == "embedding" and getattr(module, "max_norm", None) is not None:
-        return "max_norm rewrites the weight during the forward pass"
-    return None
 
 
 def fold_weight(program: Program) -> Tensor:

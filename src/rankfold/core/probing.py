@@ -52,13 +52,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _hosts(store: Store, member: Member) -> dict[str, Host]:
     modules = dict(store.model.named_modules())
-    return {slot.site.name: modules[slot.site.name].__dict__["_rankfold"] for slot in member.slots.values()}
+    return {slot.site.module: modules[slot.site.module].__dict__["_rankfold"] for slot in member.slots.values()}
 
 
 def silent_sites(store: Store, member: Member, since: dict[str, int]) -> list[str]:
     """Site keys whose module was not called since the counts in `since`."""
     hosts = _hosts(store, member)
-    return [key for key, slot in member.slots.items() if hosts[slot.site.name].calls <= since.get(slot.site.name, 0)]
+    return [key for key, slot in member.slots.items() if hosts[slot.site.module].calls <= since.get(slot.site.module, 0)]
 
 
 def _require_calls(store: Store, member: Member, since: dict[str, int]) -> None:

@@ -19,8 +19,8 @@ from rankfold.adapters.fingerprint import Fingerprint, compare
 from rankfold.adapters.formats import peft, serving
 from rankfold.adapters.native import JSON, NativeAdapter, SiteRecord
 from rankfold.core.attaching import specs_of
-from rankfold.core.site import every_site
 from rankfold.core.store import store_of
+from rankfold.core.targets import every_site
 from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, UnknownName
 from rankfold.training import saving
 from rankfold.training.method import method

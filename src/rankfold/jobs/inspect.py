@@ -17,8 +17,9 @@ from rankfold.adapters.formats.peft import read_peft
 from rankfold.adapters.native import NativeAdapter, load_native
 from rankfold.core.base import base_of
 from rankfold.core.host import site_program
-from rankfold.core.site import Site, every_site
+from rankfold.core.site import Site
 from rankfold.core.structure import SideModule, Structure, trait
+from rankfold.core.targets import every_site
 from rankfold.errors import RankfoldError
 from rankfold.linalg import Operator, contains, difference
 from rankfold.linalg.decompositions import product_svd
@@ -151,7 +152,7 @@ def inspect_model(model: nn.Module) -> Inspection:
     modules = dict(model.named_modules())
     rows = []
     for site in every_site(model):
-        W = base_of(modules[site.name], site).gather().dense().detach()
+        W = base_of(modules[site.module], site).gather().dense().detach()
         stats = spectral_stats(_singular_values(W))
         rows.append(
             SiteRow(site.name, site.kind, site.shape, None, W.numel(), stats, note=f"shares {site.tied}" if site.tied else "")

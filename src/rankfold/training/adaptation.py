@@ -19,9 +19,10 @@ from rankfold.core.blocks import find_blocks
 from rankfold.core.folding import fold, folded_weights, unfold
 from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch, probe
-from rankfold.core.site import Site, Targets, find_sites
+from rankfold.core.site import Site
 from rankfold.core.store import Member, Slot, Store, store_of
 from rankfold.core.structure import SideModule, Spec, Structure, added, trait
+from rankfold.core.targets import Targets, find_sites
 from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError, UnknownName
 from rankfold.linalg.random import Random
 
@@ -205,7 +206,7 @@ class Adaptation:
         unfold(self.store)
 
     def folded_weights(self) -> dict[str, Tensor]:
-        """{module: W'} without touching the model."""
+        """{name of the stored weight: W'} without touching the model."""
         return folded_weights(self.store)
 
     def remove(self, name: str | None = None) -> None:
@@ -270,7 +271,7 @@ class Adaptation:
 
     def fingerprint(self, name: str | None = None) -> Fingerprint:
         """Of the base weights that this adapter changes."""
-        return fingerprint(self.model, sorted({s.site.name for s in self.slots(name)}))
+        return fingerprint(self.model, sorted({s.site.name if s.base is None else s.site.weight for s in self.slots(name)}))
 
 
 def adaptation(model: nn.Module) -> Adaptation:

@@ -19,9 +19,10 @@ from rankfold.core.attaching import add_extra, attach, specs_of
 from rankfold.core.host import site_program
 from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch
-from rankfold.core.site import Site, every_site
+from rankfold.core.site import Site
 from rankfold.core.store import Member, Slot, Store, store_of
 from rankfold.core.structure import SideModule, Structure
+from rankfold.core.targets import every_site
 from rankfold.errors import CompositionError, FileError, FingerprintError, RankfoldError, nearest
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
 

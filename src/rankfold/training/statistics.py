@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.kinds import kind_named
 from rankfold.core.probing import call_model, unchanged
 from rankfold.core.site import Site
 from rankfold.core.store import store_of
@@ -232,7 +233,7 @@ class _Pass:
             _remove(hooks)
             for site, statistic in wanted.values():
                 if statistic.source == "gradient":
-                    self.modules[site.name].weight.requires_grad_(False)
+                    getattr(self.modules[site.module], site.param).requires_grad_(False)
         if joint:
             reached = _join(distinct, wanted, reached)
         never = [key for key, (_, s) in wanted.items() if s.source == "input" and key not in reached]
@@ -320,7 +321,7 @@ class _Pass:
         for key, (site, statistic) in wanted.items():
             if statistic.source != "gradient":
                 continue
-            weight = self.modules[site.name].weight
+            weight = getattr(self.modules[site.module], site.param)
             if not weight.is_floating_point():
                 raise LayoutError(f"{key}: its weight is stored as {weight.dtype}, which has no gradient; load it in bfloat16")
             weight.requires_grad_(True)
@@ -338,7 +339,7 @@ class _Pass:
             self.fired.add(id(parameter))
             grad = grad.to_dense() if grad.is_sparse else grad
             for key, site, statistic in users:
-                G = grad if site.kind == "linear" else grad.mT
+                G = kind_named(site.kind).view(grad, site)
                 G = G if site.rows is None else G[site.rows[0] : site.rows[1]]
                 _require_finite(G, site, "gradient")
                 reached.add(key)

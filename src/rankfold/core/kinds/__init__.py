@@ -1,0 +1,24 @@
+"""The kinds of sites, one file each. The first kind that a module makes is its kind."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .embedding import Embedding
+from .kind import Kind
+from .linear import Linear, Transposed
+
+__all__ = ["ALL", "Kind", "kind_named", "kind_of"]
+
+ALL: tuple[Kind, ...] = (Linear(), Transposed(), Embedding())
+_BY_NAME = {kind.name: kind for kind in ALL}
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module's weight, or None."""
+    return next((kind for kind in ALL if kind.makes(module)), None)
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of that `Site.kind`."""
+    return _BY_NAME[name]
