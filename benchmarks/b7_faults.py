@@ -122,7 +122,8 @@ def linear_merge() -> Fault:
                 t.B.copy_(layer.lora_B[name].weight)
                 t.A.copy_(layer.lora_A[name].weight)
     adaptation.use("a", "b", weight=[0.5, 0.5])
-    mine = {"base_model.model." + n.removesuffix(".weight"): W - base.get_parameter(n) for n, W in adaptation.folded_weights().items()}
+    changed = adaptation.folded_weights()
+    mine = {"base_model.model." + n.removesuffix(".weight"): W - base.get_parameter(n) for n, W in changed.items()}
     return {
         "what": "linear combination of two adapters: error of the combined change against the sum of the changes",
         "peft": _distance(merged, exact), "ours": _distance(mine, exact),

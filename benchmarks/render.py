@@ -129,6 +129,32 @@ def fidelity(cells: Cells) -> str:
     return text + table(("method", *CHECKS, "reach"), rows()) + refusals
 
 
+BANK = {1: 1.1, 8: 1.5, 32: 1.7}
+
+
+def bank(cells: Cells) -> str:
+    def rows() -> Iterator[Sequence[str]]:
+        for row in (r for r in cells.values() if "adapters" in r):
+            ours, theirs = row["over base"]["ours"], row["over base"]["peft"]
+            reach = BANK.get(row["adapters"])
+            verdict = f"≤ {reach:g}: {'met' if ours[0] <= reach else 'missed'}" if reach else ""
+            yield str(row["adapters"]), f"{row['ms']['base']:.2f} ms", _interval(ours), _interval(theirs), verdict
+
+    text = "One token for each of 32 rows, adapters of rank 4, 8 and 16 in a bank of rank 16, over the base model's step.\n\n"
+    text += table(("adapters in the batch", "base", "ours", "peft", "reach"), rows())
+    row = cells.get("handling")
+    if row is None:
+        return text
+    ours, theirs = row["ms"], row["peft ms"]
+    fast = all(ours[n] <= 0.1 for n in ("add", "switch"))
+    return (
+        f"{text}\n\nWith {row['resident']} resident: add {ours['add']:.3f} ms (the row's copy alone "
+        f"{ours['row copy']:.3f}), switch {ours['switch']:.3f} ms (reach: 0.1 each: "
+        f"{'met' if fast else 'missed'}). peft with {theirs['resident']}: add "
+        f"{theirs['add']:.1f} ms, switch {theirs['switch']:.1f} ms."
+    )
+
+
 def startup(cells: Cells) -> str:
     def rows() -> Iterator[Sequence[str]]:
         for name, row in cells.items():
@@ -169,6 +195,7 @@ SECTIONS = {
     "B1": ("B1: a LoRA step", lambda cells: steps("B1", cells)),
     "B2": ("B2: a DoRA step", lambda cells: steps("B2", cells)),
     "B4": ("B4: bytes", kept),
+    "B5": ("B5: many adapters", bank),
     "B7": ("B7: fidelity", lambda cells: faults(cells) + "\n\n" + fidelity(cells)),
     "B11": ("B11: start-up", startup),
     "calibrate": ("The planner's constants", calibration),

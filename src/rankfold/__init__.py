@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adaptation": "training.adaptation",
+    "Adapter": "adapters.adapter",
+    "Bank": "core.bank",
+    "Entry": "adapters.adapter",
     "Method": "training.method",
     "SITE_KINDS": "core.site",
     "Site": "core.site",
@@ -28,6 +31,7 @@ _HOME = {
     "method": "training.method",
     "methods": "training.method",
     "normal_form": "training.saving",
+    "shard": "core.sharding",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -45,6 +49,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .adapters.adapter import Adapter, Entry
+    from .core.bank import Bank
+    from .core.sharding import shard
     from .core.site import SITE_KINDS, Site
     from .core.targets import Targets
     from .jobs.exchange import load

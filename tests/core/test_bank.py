@@ -1,0 +1,274 @@
+"""The bank against changed weights built by hand, row by row, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rankfold as rf
+from rankfold.errors import LayoutError, OptionError, TargetError, UnknownName
+
+RANK = 6
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 7, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(self.embed(ids))))
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().double()
+
+
+def entries(seed: int, rank: int, gain: bool = False, embed: bool = False, scale: float = 0.7) -> rf.Adapter:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    made = [
+        rf.Entry("first", draw(12, rank), draw(rank, 8), scale, gain=1 + 0.3 * draw(12) if gain else None),
+        rf.Entry("second", draw(7, rank), draw(rank, 12), scale, magnitude=draw(7).abs() + 1 if gain else None),
+    ]
+    if embed:
+        made.append(rf.Entry("embed", draw(8, rank), draw(rank, 11), scale, kind="embedding"))
+    return rf.Adapter.of(made)
+
+
+def by_hand(adapter: rf.Adapter | None, ids: torch.Tensor) -> torch.Tensor:
+    """The model with W' written into it."""
+    changed = model()
+    for e in adapter.entries.values() if adapter is not None else ():
+        module = changed.get_submodule(e.name)
+        W = module.weight.detach().mT if e.kind == "embedding" else module.weight.detach()
+        new = W + e.scale * e.B @ e.A
+        if e.gain is not None:
+            new = e.gain[:, None] * new
+        if e.magnitude is not None:
+            new = e.magnitude[:, None] * new / new.norm(dim=1, keepdim=True)
+        module.weight.data.copy_(new.mT if e.kind == "embedding" else new)
+    return changed(ids).detach()
+
+
+IDS = torch.randint(0, 11, (40, 3), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 5, 9, 33])
+def test_every_row_has_the_function_of_its_own_adapter(distinct: int) -> None:
+    """Mixed ranks, scales and gains, the base among them; one, masked and gathered."""
+    base = model()
+    bank = rf.Bank(base, RANK, targets="all")
+    adapters: dict[str | None, rf.Adapter | None] = {None: None} if distinct > 1 else {}
+    for k in range(distinct - len(adapters)):
+        made = entries(k, 1 + k % RANK, gain=k % 3 == 1, embed=k % 2 == 0, scale=0.1 * (k + 1))
+        adapters[f"a{k}"] = made
+        bank.add(f"a{k}", made)
+    names = [list(adapters)[n % distinct] for n in range(len(IDS))]
+    bank.select(names)
+    got = base(IDS).detach()
+    expected = torch.stack([by_hand(adapters[name], IDS[n : n + 1])[0] for n, name in enumerate(names)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    if distinct > 1:
+        assert torch.equal(got[names.index(None)], model()(IDS)[names.index(None)])
+
+
+def test_structures_in_normal_form_serve_what_they_trained() -> None:
+    """lora, a magnitude, a rotation and an offset of rank 2r, on one bank."""
+    base = model()
+    bank = rf.Bank(base, RANK)
+    live = {}
+    for method in ("lora", "dora", "hra", "pissa"):
+        adaptation = rf.adapt(base, method, rank=2, name=method)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in adaptation.parameters(method):
+                p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        live[method] = base(IDS[:1]).detach()
+        adapter, errors = rf.normal_form(adaptation, method)
+        assert max(errors.values()) < 1e-6
+        bank.add(method, adapter)
+        adaptation.use()
+    bank.select(list(live))
+    got = base(IDS[:1].expand(4, -1)).detach()
+    for n, method in enumerate(live):
+        torch.testing.assert_close(got[n], live[method][0], rtol=0, atol=1e-10)
+
+
+def test_nothing_selected_is_the_base_bitwise_and_closing_leaves_no_trace() -> None:
+    base, untouched = model(), model()
+    bank = rf.Bank(base, RANK)
+    bank.add("a", entries(0, 3))
+    assert torch.equal(base(IDS), untouched(IDS))
+    bank.select("a")
+    assert not torch.equal(base(IDS), untouched(IDS))
+    bank.select(None)
+    assert torch.equal(base(IDS), untouched(IDS))
+    bank.select("a")
+    bank.close()
+    assert torch.equal(base(IDS), untouched(IDS))
+    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), untouched.parameters()))
+    assert not any(m._forward_hooks for m in base.modules())
+
+
+def test_beams_and_flattened_tokens_follow_their_row() -> None:
+    base = model()
+    bank = rf.Bank(base, RANK)
+    made = {"a": entries(0, 3), "b": entries(1, 2)}
+    for name, adapter in made.items():
+        bank.add(name, adapter)
+    bank.select(["a", "b"])
+    got = base(IDS[:6]).detach()
+    expected = torch.cat([by_hand(made["a"], IDS[:3]), by_hand(made["b"], IDS[3:6])])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    with pytest.raises(LayoutError, match="a batch of 5 rows, 2 selected"):
+        base(IDS[:5])
+
+
+def test_packed_rows_and_outputs_written_in_place() -> None:
+    """Without gradients the change goes into the module's own output; a row packed beforehand is the adapter."""
+    base = model()
+    bank, made = rf.Bank(base, RANK), entries(0, 3)
+    bank.add("a", bank.pack(made))
+    bank.select("a")
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS), by_hand(made, IDS), rtol=0, atol=1e-10)
+        bank.replace("a", bank.pack(entries(1, 4, gain=True)))  # now rows are rescaled too
+        torch.testing.assert_close(base(IDS), by_hand(entries(1, 4, gain=True), IDS), rtol=0, atol=1e-10)
+    with pytest.raises(OptionError, match="packed for another bank"):
+        rf.Bank(model(), 1).add("a", bank.pack(made))
+
+
+def test_row_slices() -> None:
+    fused = nn.Sequential(nn.Linear(5, 9)).double()
+    before = copy.deepcopy(fused)
+    bank = rf.Bank(fused, 2, targets=["0[q]", "0[v]"])
+    B, A = torch.ones(3, 1, dtype=torch.float64), torch.ones(1, 5, dtype=torch.float64)
+    bank.add("v", rf.Adapter.of([rf.Entry("0", B, A, rows=(6, 9), total_rows=9, gain=torch.full((3,), 2.0))]))
+    bank.select("v")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    y = before(x).detach()
+    bias = before[0].bias.detach()[6:]
+    expected = torch.cat([y[:, :6], 2 * (y[:, 6:] - bias + x.sum(1, keepdim=True)) + bias], 1)
+    torch.testing.assert_close(fused(x).detach(), expected, rtol=0, atol=1e-10)
+
+
+def test_u8_a_hot_swap_of_another_rank_and_scale_recompiles_nothing() -> None:
+    base = model()
+    bank = rf.Bank(base, RANK, slots=40)
+    made = {f"a{k}": entries(k, 1 + k % 4) for k in range(8)}
+    for name, adapter in made.items():
+        bank.add(name, adapter)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(base, backend=counter, fullgraph=True)
+    ids = IDS[:4]
+    bank.select("a0")
+    compiled(ids)
+    assert counter.frame_count == 1
+    for name, adapter in made.items():  # 8 adapters, one after another
+        bank.select(name)
+        torch.testing.assert_close(compiled(ids).detach(), by_hand(adapter, ids), rtol=0, atol=1e-10)
+    bank.add("new", entries(50, 5))  # one more in the bucket
+    bank.select("new")
+    torch.testing.assert_close(compiled(ids).detach(), by_hand(entries(50, 5), ids), rtol=0, atol=1e-10)
+    bank.replace("new", entries(51, 2, scale=-3.0))  # another rank and scale
+    torch.testing.assert_close(compiled(ids).detach(), by_hand(entries(51, 2, scale=-3.0), ids), rtol=0, atol=1e-10)
+    assert counter.frame_count == 1
+
+
+def test_u8_rows_switch_without_compiling_anew() -> None:
+    base = model()
+    bank = rf.Bank(base, RANK, slots=40)
+    for k in range(8):
+        bank.add(f"a{k}", entries(k, 3))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(base, backend=counter, fullgraph=True)
+    bank.select(["a0", "a1", "a2", "a0"])
+    compiled(IDS[:4])
+    for first in range(5):
+        bank.select([f"a{first}", f"a{first + 1}", f"a{first + 2}", f"a{first + 3}"])
+        expected = torch.cat([by_hand(entries(first + k, 3), IDS[k : k + 1]) for k in range(4)])
+        torch.testing.assert_close(compiled(IDS[:4]).detach(), expected, rtol=0, atol=1e-10)
+    assert counter.frame_count == 1
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Numbers that operators write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.written += out.numel() if isinstance(out, torch.Tensor) and "view" not in str(func) else 0
+        return out
+
+
+def _work(resident: int) -> tuple[int, int]:
+    bank = rf.Bank(model(), RANK, slots=2000)
+    for k in range(resident):
+        bank.add(f"a{k}", entries(k % 5, 2))
+    with Counted() as adding:
+        bank.add("one more", entries(7, 2))
+    with Counted() as switching:
+        bank.select(["one more", "a0"])
+    return adding.written, switching.written
+
+
+def test_u9_adding_and_switching_cost_the_same_beside_a_thousand_adapters() -> None:
+    """Counted in numbers written, which no shared machine disturbs."""
+    assert _work(4) == _work(1000)
+
+
+def test_u10_removal_returns_memory() -> None:
+    bank = rf.Bank(model(), RANK, slots=8)
+    empty = bank.nbytes
+    for k in range(64):
+        bank.add(f"a{k}", entries(k, 3))
+    full = bank.nbytes
+    assert full >= 64 / 9 * empty
+    for k in range(60):
+        bank.remove(f"a{k}")
+    assert bank.nbytes <= full / 4
+    bank.select("a63")  # the others moved to other slots, and are what they were
+    torch.testing.assert_close(bank.model(IDS).detach(), by_hand(entries(63, 3), IDS), rtol=0, atol=1e-10)
+    for k in range(60, 63):
+        bank.remove(f"a{k}")
+    bank.select(None)
+    bank.remove("a63")
+    assert bank.nbytes == empty
+    assert len(bank) == 0
+
+
+def test_refusals() -> None:
+    base = model()
+    bank = rf.Bank(base, 2)
+    bank.add("a", entries(0, 2))
+    with pytest.raises(OptionError, match=r"rank 3 at first, above the bank's 2.*normal_form\(adaptation, rank=2\)"):
+        bank.add("large", entries(0, 3))
+    with pytest.raises(OptionError, match="there already"):
+        bank.add("a", entries(0, 2))
+    with pytest.raises(TargetError, match="changes embed, which this bank doesn't serve"):
+        bank.add("more", entries(0, 1, embed=True))
+    with pytest.raises(UnknownName, match="aa"):
+        bank.select("aa")
+    bank.select("a")
+    with pytest.raises(LayoutError, match="'a' is selected"):
+        bank.remove("a")
+    with pytest.raises(OptionError, match="whole tensors"):
+        bank.add("head", rf.Adapter.of([], {"head.weight": torch.ones(1)}))
+    with pytest.raises(TargetError, match="a bank serves linear"):
+        rf.Bank(nn.Sequential(nn.Conv2d(2, 3, 3)), targets="0")
+    rf.adapt(base, "lora", rank=1)
+    with pytest.raises(LayoutError, match=r"default is switched on.*adaptation.use\(\)"):
+        bank.select("a")
