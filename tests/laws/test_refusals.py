@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rankfold as rf
 from rankfold.core import attaching, folding
 from rankfold.core.host import fold_weight, site_program
+from rankfold.core.kinds import linear
 from rankfold.core.structure import Offset, Stack
 from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError
 from rankfold.training import method as method_module
@@ -312,7 +313,7 @@ def test_a_module_with_a_forward_of_its_own(monkeypatch):
     y = model(x).detach()
     with pytest.raises(TargetError, match="forward of its own"):
         rf.adapt(model, "lora", rank=2, targets=["0"])
-    monkeypatch.setattr(attaching, "refusal", lambda module, site: None)
+    monkeypatch.setattr(linear, "own_forward", lambda module, library: None)
     rf.adapt(model, "lora", rank=2, targets=["0"])
     with Checks("law 2 breaks") as check:
         check.that(not torch.allclose(model(x), y), "the function is the base's after all")
