@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import rankfold as rf
 from rankfold.core import base as base_module
 from rankfold.core import folding, host, planner
-from rankfold.core.kinds import kind
+from rankfold.core.kinds import kind as kind_module
 from rankfold.core.structure import trait
 from rankfold.errors import CompositionError, LayoutError
 from rankfold.kernels import lowrank, magnitude
@@ -415,7 +415,7 @@ def reads_other_rows(monkeypatch):
 
 
 def biases_of_other_rows(monkeypatch):
-    monkeypatch.setattr(kind, "rows_of", lambda bias, rows: None if bias is None else bias[: rows[1] - rows[0]])
+    monkeypatch.setattr(kind_module, "rows_of", lambda bias, rows: None if bias is None else bias[: rows[1] - rows[0]])
 
 
 def folds_the_base(monkeypatch):
