@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..site import Site
+from .kind import base_rows
 from .linear import Transposed, own_forward
 
 if TYPE_CHECKING:
@@ -34,7 +35,4 @@ class Embedding(Transposed):
         return host.program(slots, module.training).expression().columns(x)
 
     def plain_rows(self, host: Host, module: nn.Module, like_site: Site, rows: tuple[int, int], x: Tensor) -> Tensor:
-        from ..base import base_of
-
-        site = Site(like_site.name, (rows[1] - rows[0], like_site.shape[1]), self.name, rows=rows)
-        return base_of(module, site).columns(x)
+        return base_rows(module, like_site, rows).columns(x)

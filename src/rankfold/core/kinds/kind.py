@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..site import Site
 
 if TYPE_CHECKING:
+    from ..base import Base
     from ..host import Host
     from ..store import Slot
 
@@ -22,7 +23,6 @@ class Kind:
 
     Attributes:
         name: `Site.kind` of its sites.
-        dense: whether x Wᵀ is a plain product over the last dimension of x.
         automatic: whether "all-linear" takes it.
         tokens: whether the module's input are indices (a vocabulary): transforms, gates and dropout of the input make no sense.
     """
@@ -85,11 +85,17 @@ class Kind:
 
     def plain_rows(self, host: Host, module: nn.Module, like_site: Site, rows: tuple[int, int], x: Tensor) -> Tensor:
         """The base's own product for rows that no adapter changes."""
-        from ..base import base_of
         from ..planner import Program, run
 
-        base = base_of(module, Site(like_site.name, (rows[1] - rows[0], like_site.shape[1]), like_site.kind, rows=rows))
+        base = base_rows(module, like_site, rows)
         return run(Program(base, lambda leaves, x: base, ()), x, rows_of(getattr(module, "bias", None), rows), "plain")
+
+
+def base_rows(module: nn.Module, like_site: Site, rows: tuple[int, int]) -> Base:
+    """Those rows of the weight that `like_site` is a slice of."""
+    from ..base import base_of  # a base asks its kind how to read the storage, so neither can come first
+
+    return base_of(module, Site(like_site.name, (rows[1] - rows[0], like_site.shape[1]), like_site.kind, rows=rows))
 
 
 def rows_of(bias: Tensor | None, rows: tuple[int, int]) -> Tensor | None:
