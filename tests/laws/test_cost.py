@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 
@@ -29,7 +30,8 @@ def declared(a):
         for name, spec in slot.structure.tensors(slot.site).items():
             owner = {"model": "model", "group": f"group {slot.site.group or slot.site.name}"}.get(spec.scope, slot.site.key)
             if spec.scope != "emitted":
-                requests.setdefault((owner, name), []).append(spec)
+                shape = (slot.site.batch, *spec.shape) if slot.site.batch and spec.scope == "site" else spec.shape
+                requests.setdefault((owner, name), []).append(dataclasses.replace(spec, shape=shape))
     sizes = {}
     for key, specs in requests.items():
         shapes = [s.shape for s in specs]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankfold.adapters.adapter import Adapter, Entry
 from rankfold.errors import LayoutError, OptionError, TargetError, UnknownName
-from rankfold.kernels import segments
+from rankfold.kernels.segments import WIDTH, Segments, add_gathered, add_one, add_segments, split
 from rankfold.linalg import Magnitude
 
 from .base import base_of
@@ -25,43 +25,71 @@ from .site import Site
 from .store import store_of
 from .targets import Targets, find_sites
 
-__all__ = ["Bank"]
+__all__ = ["Bank", "Packed"]
 
-SERVED = ("linear", "conv1d", "embedding")
-BUCKETS = (2, 4, 8, segments.MASKED)
-SMALLEST = 8
+SLOTS = 8
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Place:
-    """One site's columns in the arena: A [r, in], B [r, out], and gain − 1 [out]."""
+    """One site's columns in the arena: A [r, in], B [r, out], and gain − 1 [out]; r is a multiple of a block's ranks."""
 
+    number: int
     site: Site
     module: nn.Module
     rank: int
     start: int
-    first_row: int
+    gains: bool
+    tokens: bool
 
     @property
     def numbers(self) -> int:
         out, in_ = self.site.shape
-        return self.rank * (in_ + out) + out
+        return self.rank * (in_ + out) + self.gains * out
 
-    def views(self, arena: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A [slots, r, in], B [slots, r, out], gain − 1 [slots, out]), views of the arena."""
+    def factors(self, arena: Tensor) -> tuple[Tensor, Tensor]:
+        """A [slots, r, in] and B [slots, r, out], views of the arena."""
         out, in_ = self.site.shape
         a, b = self.rank * in_, self.rank * out
         A = arena.narrow(1, self.start, a).unflatten(1, (self.rank, in_))
-        B = arena.narrow(1, self.start + a, b).unflatten(1, (self.rank, out))
-        return A, B, arena.narrow(1, self.start + a + b, out)
+        return A, arena.narrow(1, self.start + a, b).unflatten(1, (self.rank, out))
+
+    def gain1(self, arena: Tensor) -> Tensor:
+        """gain − 1 [slots, out], a view of the arena."""
+        out, in_ = self.site.shape
+        return arena.narrow(1, self.start + self.rank * (in_ + out), out)
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """An adapter as one row of the arena, checked and in serving form; `scaled` where it rescales rows of a weight."""
+    """An adapter as one row of the arena, checked and in serving form.
+
+    Args:
+        row: [numbers].
+        rank: the largest of its sites.
+        scaled: whether it rescales rows of a weight.
+        touches: bit k is set where it changes the bank's site k.
+        layout: of the arena that it fits.
+    """
 
     row: Tensor
+    rank: int
     scaled: bool
+    touches: int
+    layout: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What the bank knows of an adapter beside its row."""
+
+    slot: int
+    rank: int
+    scaled: bool
+    touches: int
+
+
+BASE = _Held(0, 0, False, 0)
 
 
 class Bank:
@@ -72,9 +100,13 @@ class Bank:
     Args:
         model: its weights are never written; forward hooks at the sites add the changes.
         rank: the rank bucket: adapters of smaller rank are padded with zeros, larger ones refused.
-        slots: adapters that the arena holds at first; it doubles when full and halves when three quarters are free.
+        slots: adapters that the arena holds at first; it doubles when full, and halves when three quarters are free.
         targets: where adapters may change the model, as in `rf.adapt`.
+        gains: whether adapters may rescale rows of a weight (DoRA).
         dtype: of the arena; None takes that of the weights.
+
+    Cost: a step reads the factors of the adapters present once, in blocks of 8 ranks. They are copied at the first step after a
+    choice, and kept until the next: decoding runs many steps with one choice.
 
     Raises:
         TargetError: a target whose kind of weight a bank can't serve (convolutions, experts, multi-head attention).
@@ -96,49 +128,57 @@ class Bank:
         self,
         model: nn.Module,
         rank: int = 16,
-        slots: int = SMALLEST,
+        slots: int = SLOTS,
         targets: Any = "all-linear",
+        gains: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
         if rank < 1 or slots < 1:
             raise OptionError(f"bank: rank {rank}, slots {slots}; both must be at least 1")
-        self.model, self.rank = model, rank
+        self.model, self.rank, self.gains = model, rank, gains
         self.places = self._lay_out(Targets.of(targets))
-        weight = next(iter(self.places.values())).module.weight
-        assert isinstance(weight, Tensor)
-        numbers = sum(p.numbers for p in self.places.values())
+        weight = self._weight
+        if dtype is None and not weight.is_floating_point():  # a packed weight: in what its products give
+            first = next(iter(self.places.values()))
+            dtype = base_of(first.module, first.site).dtype
         self.smallest = slots + 1
+        numbers = sum(p.numbers for p in self.places.values())
+        self.layout = (rank, gains, *((key, place.site.shape) for key, place in self.places.items()))
         self.arena = torch.zeros(self.smallest, numbers, dtype=dtype or weight.dtype, device=weight.device)
-        self.slots: dict[str, int] = {}
+        self.held: dict[str, _Held] = {}
         self.free = list(range(slots, 0, -1))
-        self.scaled: set[str] = set()
-        self.version = 0
+        self._cuts: dict[int, Segments] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept_gain: dict[int, Tensor] = {}
         self._choose([])
-        self._kept: dict[str, tuple[int, Tensor, Tensor, Tensor]] = {}
-        self._hooks = [p.module.register_forward_hook(self._hook(key)) for key, p in self.places.items()]
+        self._hooks = [p.module.register_forward_hook(self._hook(p), with_kwargs=True) for p in self.places.values()]
 
     def _lay_out(self, targets: Targets) -> dict[str, _Place]:
         modules = dict(self.model.named_modules())
         places: dict[str, _Place] = {}
         start = 0
         for site in find_sites(self.model, targets):
-            if site.kind not in SERVED:
+            kind = kind_named(site.kind)
+            served = kind.flat and site.batch is None
+            reason = kind.refusal(modules[site.module], site) if served else f"a {site.kind} site runs in a way of its own"
+            if reason is not None:
                 if targets.automatic:
                     continue
-                raise TargetError(f"{site.key}: a bank serves {', '.join(SERVED)} weights, not {site.kind}; fold such a change")
-            first = 0 if site.rows is None else site.rows[0]
-            rank = min(self.rank, *site.shape)
-            places[site.key] = _Place(site, modules[site.module], rank, start, first)
-            start += places[site.key].numbers
+                raise TargetError(f"{site.key}: a bank serves linear layers and embeddings; here {reason}. Fold such a change")
+            rank = -(-min(self.rank, *site.shape) // WIDTH) * WIDTH
+            places[site.key] = place = _Place(len(places), site, modules[site.module], rank, start, self.gains, kind.tokens)
+            start += place.numbers
         if not places:
-            raise TargetError(f"targets: nothing that a bank can serve in {type(self.model).__name__}: {', '.join(SERVED)}")
+            raise TargetError(
+                f"targets: {type(self.model).__name__} has no linear layer or embedding there that a bank can serve"
+            )
         return places
 
     # what there is
 
     @property
     def names(self) -> list[str]:
-        return list(self.slots)
+        return list(self.held)
 
     @property
     def nbytes(self) -> int:
@@ -146,10 +186,22 @@ class Bank:
         return self.arena.numel() * self.arena.element_size()
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.held)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.slots
+        return name in self.held
+
+    def __repr__(self) -> str:
+        return (
+            f"Bank({len(self)} adapters up to rank {self.rank} at {len(self.places)} sites, "
+            f"{self.arena.shape[0] - 1} slots, {self.nbytes / 2**20:.1f} MB)"
+        )
+
+    @property
+    def _weight(self) -> Tensor:
+        weight = next(iter(self.places.values())).module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def _precise(self) -> torch.dtype:
@@ -164,49 +216,55 @@ class Bank:
         A row that `pack` made beforehand is one copy, whatever the number of adapters and sites.
 
         Raises:
-            OptionError: the name is taken; a rank above the bucket; whole tensors (heads), which rows of a batch can't choose.
+            OptionError: the name is taken; a rank above the bucket; whole tensors (heads), which rows of a batch can't choose;
+                gains in a bank without them.
             TargetError: a site that the bank doesn't have.
         """
-        if name in self.slots:
+        if name in self.held:
             raise OptionError(f"bank: {name!r} is there already; bank.replace swaps it")
         packed = self.pack(adapter, name)
         if not self.free:
             self._resize(2 * self.arena.shape[0])
-        self.slots[name] = self.free.pop()
-        self._write(name, packed)
+        self._write(name, self.free.pop(), packed)
 
     @torch.no_grad()
     def replace(self, name: str, adapter: Adapter | Packed) -> None:
-        """Swap an adapter in place, of whatever rank and scale; a selection that holds it goes on with the new one.
+        """Swap an adapter in place, of whatever rank and scale; a choice that holds it goes on with the new one.
 
         Raises:
             UnknownName: no adapter of that name. Else as `add`.
         """
-        self._slot(name)
-        self._write(name, self.pack(adapter, name))
+        slot = self._known(name).slot
+        self._write(name, slot, self.pack(adapter, name))
+        if name in self.selected:
+            self._choose(self.selected)
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
-        """Free the slot; the arena halves when three quarters of it are free.
+        """Free the slot; the arena halves, and its memory is returned, when three quarters of it are free.
 
         Raises:
             UnknownName: no adapter of that name.
-            LayoutError: a row of the present selection uses it.
+            LayoutError: a row of the present choice uses it.
         """
-        slot = self._slot(name)
+        slot = self._known(name).slot
         if name in self.selected:
             raise LayoutError(f"bank: {name!r} is selected; bank.select() something else first")
-        del self.slots[name]
-        self.scaled.discard(name)
+        del self.held[name]
         self.free.append(slot)
         half = self.arena.shape[0] // 2
-        if half >= self.smallest and len(self.slots) + 1 <= half // 2:
+        if half >= self.smallest and len(self.held) + 1 <= half // 2:
             self._resize(half)
 
-    def _slot(self, name: str) -> int:
-        if name not in self.slots:
-            raise UnknownName.of("adapter", name, self.slots)
-        return self.slots[name]
+    @torch.no_grad()
+    def shrink(self) -> None:
+        """Return the memory of all free slots now; the next `add` makes the arena grow again."""
+        self._resize(len(self.held) + 1)
+
+    def _known(self, name: str) -> _Held:
+        if name not in self.held:
+            raise UnknownName.of("adapter", name, self.held)
+        return self.held[name]
 
     @torch.no_grad()
     def pack(self, adapter: Adapter | Packed, name: str = "adapter") -> Packed:
@@ -216,40 +274,44 @@ class Bank:
             OptionError, TargetError: as `add`.
         """
         if isinstance(adapter, Packed):
-            if adapter.row.shape[0] != self.arena.shape[1]:
-                raise OptionError(
-                    f"bank: {name!r} was packed for another bank: {adapter.row.shape[0]} numbers, here {self.arena.shape[1]}"
-                )
+            if adapter.layout != self.layout:
+                raise OptionError(f"bank: {name!r} was packed for another bank, of rank {adapter.layout[0]} or other sites")
             return adapter
         if adapter.extras:
             raise OptionError(
                 f"bank: {name!r} owns whole tensors ({', '.join(list(adapter.extras)[:3])}); the rows of a batch share these"
             )
         row = torch.zeros(1, self.arena.shape[1], dtype=self.arena.dtype, device=self.arena.device)
+        touches = 0
         for key, entry in adapter.entries.items():
             place = self.places.get(key)
             if place is None:
                 raise TargetError(f"bank: {name!r} changes {key}, which this bank doesn't serve; give its name in targets")
             self._fill(place, entry, row, name)
-        return Packed(row[0], not all(e.additive for e in adapter.entries.values()))
+            touches |= 1 << place.number
+        entries = adapter.entries.values()
+        rank = max((e.rank for e in entries), default=0)
+        return Packed(row[0], rank, not all(e.additive for e in entries), touches, self.layout)
 
     def _fill(self, place: _Place, entry: Entry, row: Tensor, name: str) -> None:
         if entry.shape != place.site.shape or entry.kind != place.site.kind:
             raise TargetError(
                 f"bank: {name!r}: {entry.key} is {entry.kind} {entry.shape}; here {place.site.kind} {place.site.shape}"
             )
-        if entry.rank > place.rank:
+        if entry.rank > min(self.rank, place.rank):
             raise OptionError(
-                f"bank: {name!r} has rank {entry.rank} at {entry.key}, above the bank's {place.rank}: cut it to that rank with "
-                f"rf.normal_form(adaptation, rank={place.rank}), or make a bank with rank={entry.rank}"
+                f"bank: {name!r} has rank {entry.rank} at {entry.key}, above the bank's {self.rank}: cut it to that rank with "
+                f"rf.normal_form(adaptation, rank={self.rank}), or make a bank with rank={entry.rank}"
             )
-        A, B, gain1 = place.views(row)
+        if not entry.additive and not self.gains:
+            raise OptionError(f"bank: {name!r} rescales rows of {entry.key}, and this bank has gains=False")
+        A, B = place.factors(row)
         gain = self._gain(place, entry)
         factor = entry.B.to(row.device, self._precise) * entry.scale
         A[0, : entry.rank] = entry.A.to(A.device, A.dtype)
         B[0, : entry.rank] = (factor if gain is None else gain[:, None] * factor).mT.to(B.dtype)
         if gain is not None:
-            gain1[0] = (gain - 1.0).to(gain1.dtype)
+            place.gain1(row)[0] = (gain - 1.0).to(row.dtype)
 
     def _gain(self, place: _Place, entry: Entry) -> Tensor | None:
         """[out] in at least float32, or None where the change is additive."""
@@ -262,24 +324,18 @@ class Bank:
         moved = Entry(entry.name, entry.B.to(device), entry.A.to(device), entry.scale, entry.kind, entry.rows)
         return Magnitude(entry.magnitude.to(device), moved.weight(W)).gain().to(self._precise)
 
-    def _write(self, name: str, packed: Packed) -> None:
-        self.arena[self.slots[name]].copy_(packed.row)
-        self.scaled.discard(name)
-        if packed.scaled:
-            self.scaled.add(name)
-        self.rescales = any(n in self.scaled for n in self.selected if n is not None)
-        self.version += 1
+    def _write(self, name: str, slot: int, packed: Packed) -> None:
+        self.arena[slot].copy_(packed.row)
+        self.held[name] = _Held(slot, packed.rank, packed.scaled, packed.touches)
 
     def _resize(self, slots: int) -> None:
         """Another arena with the adapters in its first slots: the old one's memory is returned."""
         arena = torch.zeros(slots, self.arena.shape[1], dtype=self.arena.dtype, device=self.arena.device)
-        kept = sorted(self.slots.items(), key=lambda item: item[1])
-        for new, (_, old) in enumerate(kept, 1):
-            arena[new].copy_(self.arena[old])
+        for new, (name, old) in enumerate(self.held.items(), 1):
+            arena[new].copy_(self.arena[old.slot])
+            self.held[name] = _Held(new, old.rank, old.scaled, old.touches)
         self.arena = arena
-        self.slots = {name: new for new, (name, _) in enumerate(kept, 1)}
-        self.free = list(range(slots - 1, len(kept), -1))
-        self._kept.clear()
+        self.free = list(range(slots - 1, len(self.held), -1))
         self._choose(self.selected)
 
     # choose
@@ -301,103 +357,133 @@ class Bank:
         chosen: list[str | None] = [] if names is None else [names] if isinstance(names, str) else list(names)
         for name in chosen:
             if name is not None:
-                self._slot(name)
+                self._known(name)
         self._choose(chosen if any(n is not None for n in chosen) else [])
 
     def _choose(self, names: list[str | None]) -> None:
-        device = self.arena.device
-        slots = [0 if n is None else self.slots[n] for n in names]
-        self.selected = names
-        present = list(dict.fromkeys(slots))
-        self.rows = len(slots)
-        self.way = segments.way(len(present)) if slots else "none"
-        if self.way == "masked":
-            size = next(b for b in BUCKETS if b >= len(present))  # few shapes, so that compiled graphs are used again
-            where = {slot: k for k, slot in enumerate(present)}
-            self.chosen = torch.zeros(len(slots), size, device=device)
-            self.chosen[torch.arange(len(slots)), torch.tensor([where[s] for s in slots])] = 1.0
-            present += [0] * (size - len(present))
-        self.index = torch.tensor(slots if self.way == "gathered" else present or [0], device=device)
-        self.each = torch.tensor(slots or [0], device=device)
-        self.rescales = any(n in self.scaled for n in names if n is not None)
-        self.version += 1
+        """Take a choice as it is, with the arena where the model is."""
+        if self.arena.device != self._weight.device:
+            self.arena = self.arena.to(self._weight.device)
+        chosen = [BASE if n is None else self.held[n] for n in names]
+        self.selected, self._chosen = names, chosen
+        self._alone = len({held.slot for held in chosen}) == 1
+        self.rows = 1 if self._alone else len(chosen)
+        self.scaled = any(held.scaled for held in chosen)
+        self._touched = 0
+        for held in chosen:
+            self._touched |= held.touches
+        self.index = torch.tensor([h.slot for h in chosen[: self.rows]], dtype=torch.long, device=self.arena.device)
+        self._cuts.clear()
+        self._kept.clear()
+        self._kept_gain.clear()
 
     # the forward pass
 
-    def _hook(self, key: str) -> Any:
-        place = self.places[key]
-
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            return None if self.way == "none" else self._changed(key, place, module, args[0], output)
+    def _hook(self, place: _Place) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            if not self.rows:
+                return None
+            compiled = torch.compiler.is_compiling()  # then every site and every rank is run, so that any choice fits the graph
+            if not compiled and not self._touched >> place.number & 1:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            if compiled or (y.requires_grad and torch.is_grad_enabled()) or not y.is_contiguous():
+                y = y.clone(memory_format=torch.contiguous_format)
+            if self._alone and not (self.scaled or compiled or place.tokens or place.site.rows):
+                A, B = self._own(place)
+                return add_one(y, self._low(x, A), B)
+            part = self._part(place, x, y)
+            if self.gains and (compiled or self.scaled):
+                self._rescale(place, module, part, compiled)
+            if compiled:
+                A, B = place.factors(self.arena)
+                h = self._columns(x, A, self.index) if place.tokens else self._low(x, A[self.index])
+                add_gathered(part, h, B[self.index])
+                return y
+            A, B = self._own(place)
+            cut = None if self._alone else self._cut(place)
+            h = self._columns(x, A, self.index, cut) if place.tokens else self._low(x, A, cut)
+            if cut is None:
+                add_one(part, h.flatten(0, -2), B)
+            else:
+                add_segments(part, h, B, cut)
+            return y
 
         return hook
 
-    def _factors(self, key: str, place: _Place) -> tuple[Tensor, Tensor, Tensor]:
-        """The selection's own factors; copied once for each selection, since decoding runs many steps with one."""
-        if not torch.compiler.is_compiling():
-            kept = self._kept.get(key)
-            if kept is not None and kept[0] == self.version:
-                return kept[1:]
-        A, B, gain1 = place.views(self.arena)
-        found = A[self.index], B[self.index], gain1[self.each]
-        if not torch.compiler.is_compiling():
-            self._kept[key] = (self.version, *found)
-        return found
-
-    def _changed(self, key: str, place: _Place, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        A, B, gain1 = self._factors(key, place)
-        if self.way == "one" and self._may_write(place, x, y, A):
-            flat = x.view(-1, x.shape[-1])
-            y.view(-1, y.shape[-1]).addmm_(flat @ A[0].mT, B[0])
-            return y
-        embedded = kind_named(place.site.kind).tokens
-        lead = x.shape if embedded else x.shape[:-1]
-        rows = 1 if self.way == "one" else self.rows
-        if not lead or lead.numel() % rows or lead[0] % rows:
+    def _part(self, place: _Place, x: Tensor, y: Tensor) -> Tensor:
+        """The site's own part of the module's output, [rows, tokens, out]: a view."""
+        lead = x.shape if place.tokens else x.shape[:-1]
+        if self.rows > 1 and (not lead or lead[0] % self.rows):
             raise LayoutError(
                 f"bank: a batch of {lead[0] if lead else 1} rows, {self.rows} selected; select one adapter for each row"
             )
-        if embedded:
-            own = A[0:1].expand(rows, -1, -1) if self.way == "one" else self._own(place)
-            i = x.reshape(rows, -1)
-            h = own.gather(2, i[:, None].expand(-1, own.shape[1], -1)).mT
-            B = B if self.way == "one" else place.views(self.arena)[1][self.each]
-            change = h @ B
+        part = y.view(self.rows, -1, y.shape[-1])
+        rows = place.site.rows
+        return part if rows is None else part[..., rows[0] : rows[1]]
+
+    def _rescale(self, place: _Place, module: nn.Module, part: Tensor, compiled: bool) -> None:
+        """part += (gain − 1) ∘ (part − bias): exactly the base's where the gain is 1."""
+        gain1 = self._kept_gain.get(place.number) if not compiled else None
+        if gain1 is None:
+            gain1 = place.gain1(self.arena)[self.index][:, None].to(part.dtype)  # [rows, 1, out]
+            if not compiled:
+                self._kept_gain[place.number] = gain1
+        bias = getattr(module, "bias", None)
+        if bias is None:
+            part.addcmul_(part.clone(), gain1)
         else:
-            flat = x.reshape(rows, -1, x.shape[-1]).to(A.dtype)
-            if self.way == "one":
-                change = segments.one(flat, A, B)
-            elif self.way == "masked":
-                change = segments.masked(flat, A, B, self.chosen)
+            rows = place.site.rows
+            part.addcmul_(part - (bias if rows is None else bias[rows[0] : rows[1]]).to(part.dtype), gain1)
+
+    def _cut(self, place: _Place) -> Segments:
+        """The blocks of the present choice at a site of that rank."""
+        cut = self._cuts.get(place.rank)
+        if cut is None:
+            chosen = self._chosen
+            ranks = [min(h.rank, place.rank) for h in chosen]
+            cut = self._cuts[place.rank] = split([h.slot for h in chosen], ranks, self.arena.device)
+        return cut
+
+    def _own(self, place: _Place) -> tuple[Tensor, Tensor]:
+        """The factors of the present choice: of one adapter [r, in] and [r, out], views; of several their blocks, copies."""
+        kept = self._kept.get(place.number)
+        if kept is None:
+            A, B = place.factors(self.arena)
+            if self._alone:
+                held = self._chosen[0]
+                A, B = A if place.tokens else A[held.slot, : held.rank], B[held.slot, : held.rank]
             else:
-                change = segments.gathered(flat, A, B)
-        change = change.to(y.dtype)
-        out = place.site.shape[0]
-        part = y.narrow(-1, place.first_row, out).reshape(rows, -1, out)
-        if self.rescales:
-            bias = getattr(module, "bias", None)
-            u = part if bias is None else part - bias.narrow(0, place.first_row, out).to(y.dtype)
-            g = gain1 if self.way != "one" else gain1[:1]
-            change = change + u * g[:, None].to(y.dtype)
-        changed = (part + change).reshape(*y.shape[:-1], out)
-        if out == y.shape[-1]:
-            return changed
-        return torch.cat([y[..., : place.first_row], changed, y[..., place.first_row + out :]], -1)
+                cut = self._cut(place)
+                A, B = A if place.tokens else cut.of(A), cut.of(B)  # a vocabulary is read where it stands
+            kept = A, B
+            self._kept[place.number] = kept
+        return kept
 
-    def _may_write(self, place: _Place, x: Tensor, y: Tensor, A: Tensor) -> bool:
-        """Whether the change may be added into the module's fresh output."""
-        plain = not (
-            torch.is_grad_enabled() or self.rescales or kind_named(place.site.kind).tokens or torch.compiler.is_compiling()
-        )
-        whole = place.site.shape[0] == y.shape[-1] and x.is_contiguous() and y.is_contiguous()
-        return plain and whole and x.dtype == y.dtype == A.dtype
+    def _low(self, x: Tensor, A: Tensor, cut: Segments | None = None) -> Tensor:
+        """x Aᵀ: [rows, tokens, r], or by block."""
+        x = x.to(A.dtype)
+        if A.ndim == 2:
+            return x.reshape(-1, x.shape[-1]).mm(A.mT)
+        x = x.reshape(self.rows, -1, x.shape[-1])
+        if cut is not None and not cut.straight:
+            x = x.index_select(0, cut.rows).view(len(cut.slots), -1, x.shape[-1])
+        return torch.bmm(x, A.mT)
 
-    def _own(self, place: _Place) -> Tensor:
-        return place.views(self.arena)[0][self.each]
+    def _columns(self, ids: Tensor, A: Tensor, slots: Tensor, cut: Segments | None = None) -> Tensor:
+        """The columns of the arena's A [slots, r, vocabulary] that tokens pick: [rows, tokens, r], or by block."""
+        ids = ids.reshape(self.rows, -1)
+        if cut is None:
+            size = A.shape[1] if self.rows > 1 or torch.compiler.is_compiling() else self._chosen[0].rank
+            ranks = torch.arange(size, device=ids.device)[None]
+        else:
+            slots, ids = cut.slots, ids.index_select(0, cut.rows).view(len(cut.slots), -1)
+            ranks = cut.parts[:, None] * WIDTH + torch.arange(WIDTH, device=ids.device)
+        return A[slots[:, None, None], ranks[:, None], ids[:, :, None]]
 
     def close(self) -> None:
         """Take the bank off the model, which is then as it was."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._kept.clear()
+        self._choose([])

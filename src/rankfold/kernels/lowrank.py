@@ -16,7 +16,7 @@ from .once import once
 
 __all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
 
-Drop = tuple[float, int] | None
+Drop = tuple[float, int | Tensor] | None
 """(p, seed) of the dropout in front of A, or None."""
 
 

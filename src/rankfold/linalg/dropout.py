@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,18 @@ from .operator import Operator, like
 __all__ = ["Dropout", "TokenGate", "keep_mask"]
 
 
-def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
+def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int | Tensor, device: torch.device) -> Tensor:
     """A mask of zeros and, with probability 1 − p (p rounded to 1/65536), ones; the same for the same seed, shape and device.
 
-    Four entries are cut from each 64-bit draw: on a CPU several times faster than one draw per entry. They stay int16,
-    compared in
-    place: a CPU casts those to a float ten times faster than booleans.
+    Four entries are cut from each 64-bit draw: on a CPU several times faster than one draw per entry. They stay int16, compared
+    in place: a CPU casts those to a float ten times faster than booleans. A seed that is a tensor (on the CPU) goes through the
+    library operator `rankfold::keep_mask`, one node of a compiled graph.
 
     >>> float(keep_mask((1000, 100), 0.25, 7, torch.device("cpu")).float().mean().round(decimals=2))
     0.75
     """
+    if isinstance(seed, Tensor):
+        return _keep_mask(list(shape), p, seed, device)
     generator = torch.Generator(device).manual_seed(seed)
     count = 1
     for n in shape:
@@ -32,13 +35,23 @@ def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: 
     return bits.view(torch.int16)[:count].ge_(round(p * 65536) - 32768).view(shape)
 
 
+@torch.library.custom_op("rankfold::keep_mask", mutates_args=())
+def _keep_mask(shape: Sequence[int], p: float, seed: Tensor, device: torch.device) -> Tensor:
+    return keep_mask(tuple(shape), p, int(seed), device)
+
+
+@_keep_mask.register_fake
+def _(shape: Sequence[int], p: float, seed: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.int16, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class Dropout(Operator):
     """x ↦ mask ∘ x / (1 − p), the mask a function of (seed, shape of x). Its expectation, and its dense form, is the identity."""
 
     size: int
     p: float
-    seed: int
+    seed: int | Tensor
     anchor: Tensor
 
     @property
