@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adaptation": "training.adaptation",
     "Adapter": "adapters.adapter",
-    "Bank": "core.bank",
+    "Bank": "jobs.bank",
     "Entry": "adapters.adapter",
     "Method": "training.method",
     "SITE_KINDS": "core.site",
@@ -52,11 +52,11 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter, Entry
-    from .core.bank import Bank
     from .core.bases.quantise import quantise
     from .core.sharding import shard
     from .core.site import SITE_KINDS, Site
     from .core.targets import Targets
+    from .jobs.bank import Bank
     from .jobs.exchange import load
     from .training.adaptation import Adaptation, adapt, adaptation
     from .training.explain import explain

@@ -96,7 +96,7 @@ def test_training_is_the_loop_s_and_resumes_exactly(folder, tmp_path):
     settings = LoopSettings(lr=0.02, weight_decay=0.1, warmup=0.0, epochs=2, progress=False)
     record = train(inner(other), expected, InOrder(pairs), loss, settings).losses
     assert losses(trainer) == pytest.approx(record, abs=1e-6)
-    assert record[-1] < record[0]
+    assert sum(record[4:]) < sum(record[:4])
     assert {p.name for p in (tmp_path / "checkpoint-5").iterdir()} >= {"adapter.json", "adapter.safetensors", "optimizer.json"}
     assert not list((tmp_path / "checkpoint-5").rglob("model.safetensors"))
     model, fresh = adapted(folder, "dora+update:loraplus")

@@ -20,7 +20,9 @@ def _nothing_is_sent(monkeypatch):
 
 
 def sft_arguments(folder, **options):
-    return arguments(folder, trl.SFTConfig, **{"gradient_checkpointing": False, "max_length": 16, "loss_type": "nll", **options})
+    return arguments(
+        folder, trl.SFTConfig, **{"activation_checkpointing": False, "max_length": 16, "loss_type": "nll", **options}
+    )
 
 
 def trainer_of(adaptation, folder, **options):

@@ -388,6 +388,7 @@ def test_seq2seq_evaluates_by_generating(tmp_path):
         vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
     )
     model = T5ForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = 5
     data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(8)]
     rf.adapt(model, "dora", rank=2, batches=[batch(data)])
     args = arguments(tmp_path, Seq2SeqTrainingArguments, max_steps=2, predict_with_generate=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -213,9 +214,7 @@ def run(layout: str, model: nn.Module, adaptation: rf.Adaptation, folder: Path, 
     settings = LoopSettings(
         lr=0.05, epochs=2, clip=0.1, folder=folder, resume=resume, grad_accum=2 if layout == ONE else 1, progress=False
     )
-    history = train(
-        model, adaptation, data, loss, settings, evaluate=lambda m: {"loss": float(loss(m, batches()[0]))}, on_step=on_step
-    )
+    history = train(model, adaptation, data, loss, settings, evaluate=lambda m: {"loss": float(loss(m, batches()[0]))}, on_step=on_step)
     return history.losses
 
 
@@ -293,8 +292,7 @@ def job_cell(layout: str, folder: Path) -> Found:
     result = adapt_job(
         AdaptSettings.of(
             model="tiny-llama", data=str(folder / "rows.csv"), task="classify", method="lora", rank=2, out=str(out), batch_size=4,
-            max_length=16, valid=0.25, epochs=1, lr=0.01, quiet=True, seed=3,
-            grad_accum=2 if layout == ONE else 1, set={}, device="cpu",
+            max_length=16, valid=0.25, epochs=1, lr=0.01, quiet=True, seed=3, grad_accum=2 if layout == ONE else 1, set={}, device="cpu",
         )
     )  # fmt: skip
     written = json.loads((out / "metrics.json").read_text()) if layout == ONE or rank() == 0 else result.metrics
@@ -305,7 +303,7 @@ def job_cell(layout: str, folder: Path) -> Found:
 def broken(mutant: str) -> Iterator[None]:
     """The library with one fault."""
     if mutant == "forgets_to_average":
-        fault = mock.patch.object(Bucket, "all_reduce", return_value=None)
+        fault = mock.patch.object(Bucket, "all_reduce", lambda self: None)
     else:
         fault = mock.patch.object(statistics, "_join", lambda distinct, wanted, reached: reached)
     with fault:
@@ -339,6 +337,7 @@ def cells(folder: Path) -> dict[str, Callable[[], Found]]:
 def main(folder: Path, index: int) -> None:
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, and not used: they meet in a file
+    faulthandler.dump_traceback_later(int(os.environ.get("DUMP","200")), exit=True)  # a pair that waits for each other says where
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=2, timeout=timedelta(seconds=60)

@@ -25,7 +25,7 @@ from .site import Site
 from .store import store_of
 from .targets import Targets, find_sites
 
-__all__ = ["Bank", "Packed"]
+__all__ = ["Packed", "PlainBank"]
 
 SLOTS = 8
 
@@ -92,31 +92,13 @@ class _Held:
 BASE = _Held(0, 0, False, 0)
 
 
-class Bank:
-    """Many frozen adapters of one model, chosen per row of the batch.
+class PlainBank:
+    """Many frozen adapters of one model, chosen per row of the batch; adapters come as plain data. See `rf.Bank`, which takes
+    folders and adapters in training as well.
 
-    y_n = gain_{i(n)} ⊙ (x_n Wᵀ + (x_n A_{i(n)}ᵀ) B_{i(n)}) + bias
-
-    Args:
-        model: its weights are never written; forward hooks at the sites add the changes.
-        rank: the rank bucket: adapters of smaller rank are padded with zeros, larger ones refused.
-        slots: adapters that the arena holds at first; it doubles when full, and halves when three quarters are free.
-        targets: where adapters may change the model, as in `rf.adapt`.
-        gains: whether adapters may rescale rows of a weight (DoRA).
-        dtype: of the arena; None takes that of the weights.
-
-    Cost: a step reads the factors of the adapters present once, in blocks of 8 ranks. They are copied at the first step after a
-    choice, and kept until the next: decoding runs many steps with one choice.
-
-    Raises:
-        TargetError: a target whose kind of weight a bank can't serve (convolutions, experts, multi-head attention).
-        OptionError: a rank or number of slots below 1.
-
-    >>> import torch, rankfold as rf
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    >>> bank = rf.Bank(model, rank=2)
-    >>> entry = rf.Entry("0", torch.ones(3, 1), torch.ones(1, 4))
-    >>> _ = bank.add("ones", rf.Adapter.of([entry]))
+    >>> bank = PlainBank(model, rank=2)
+    >>> bank.add("ones", Adapter.of([Entry("0", torch.ones(3, 1), torch.ones(1, 4))]))
     >>> x = torch.ones(2, 4)
     >>> before = model(x)
     >>> bank.select(["ones", None])
@@ -169,9 +151,7 @@ class Bank:
             places[site.key] = place = _Place(len(places), site, modules[site.module], rank, start, self.gains, kind.tokens)
             start += place.numbers
         if not places:
-            raise TargetError(
-                f"targets: {type(self.model).__name__} has no linear layer or embedding there that a bank can serve"
-            )
+            raise TargetError(f"targets: {type(self.model).__name__} has no linear layer or embedding that a bank can serve")
         return places
 
     # what there is
@@ -193,7 +173,7 @@ class Bank:
 
     def __repr__(self) -> str:
         return (
-            f"Bank({len(self)} adapters up to rank {self.rank} at {len(self.places)} sites, "
+            f"{type(self).__name__}({len(self)} adapters up to rank {self.rank} at {len(self.places)} sites, "
             f"{self.arena.shape[0] - 1} slots, {self.nbytes / 2**20:.1f} MB)"
         )
 

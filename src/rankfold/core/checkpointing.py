@@ -30,7 +30,7 @@ class InputGradients:
             run = block.__dict__.get("_gradient_checkpointing_func") if block.gradient_checkpointing else None
             # the library hands a partial of torch's checkpoint on, whose own default is reentrant
             if run is not None and not isinstance(run, _Asking) and getattr(run, "keywords", {}).get("use_reentrant", True):
-                block._gradient_checkpointing_func = _Asking(run)  # type: ignore[assignment]
+                block._gradient_checkpointing_func = _Asking(run)
 
     def after_forward(self, store: Store) -> None:
         return None

@@ -5,6 +5,7 @@ Kept for backward: x (if A trains) and h = drop(x) Aᵀ (if B trains), in the dt
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .once import once
 
 __all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
 
-Drop = tuple[float, int | Tensor] | None
+Drop = tuple[float, int] | None
 """(p, seed) of the dropout in front of A, or None."""
 
 
@@ -78,12 +79,12 @@ def gradients(
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, bias, B, A, B0, A0, base, scale, p_seed):
+    def forward(ctx: Any, x, bias, B, A, B0, A0, base, scale, p_seed, path):
         flat = x.reshape(-1, x.shape[-1])
         y = base.matmul(flat, bias)
         Bs, As = stack_factors(B, A, B0, A0, x.dtype)
-        h = combine(y, flat, Bs, As, scale, p_seed)
-        ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
+        h = path.combine(y, flat, Bs, As, scale, p_seed)
+        ctx.base, ctx.scale, ctx.p_seed, ctx.shape, ctx.path = base, scale, p_seed, x.shape, path
         need_A, need_B = ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         ctx.save_for_backward(flat if need_A else None, h if need_B else None, B, A, B0, A0)
         return y.resize_(*x.shape[:-1], y.shape[-1])  # torch lets nobody change a view in place that a function returns
@@ -95,14 +96,14 @@ class _LowRankLinear(torch.autograd.Function):
         g = gy.reshape(-1, gy.shape[-1])
         Bs, As = stack_factors(B, A, B0, A0, g.dtype)
         gx = ctx.base.rmatmul(g) if ctx.needs_input_grad[0] else None
-        gB, gA = gradients(g, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+        gB, gA = ctx.path.gradients(g, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
         gb = g.sum(0) if ctx.needs_input_grad[1] else None
         return (
             None if gx is None else gx.view(ctx.shape),
             gb,
             None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -116,6 +117,7 @@ def lowrank_linear(
     B0: Tensor | None = None,
     A0: Tensor | None = None,
     p_seed: Drop = None,
+    path: Any = None,
 ) -> Tensor:
     """x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ, minus the same product of (B₀, A₀) where given.
 
@@ -123,6 +125,7 @@ def lowrank_linear(
         x: [..., in], in the dtype of the product.
         base: gives `matmul(x, bias)` into a fresh tensor and `rmatmul(g)`.
         B, A: [out, r], [r, in], of any float dtype: cast inside, gradients come back in their own dtype.
+        path: a module with `combine` and `gradients`, as `path_for` chooses it; this one by default.
 
     >>> import torch
     >>> from rankfold.linalg import Dense
@@ -132,4 +135,4 @@ def lowrank_linear(
     >>> lowrank_linear(x, W(torch.zeros(2, 3)), None, B, A, scale=0.5).tolist()
     [[1.5, 1.5]]
     """
-    return _LowRankLinear.apply(x, bias, B, A, B0, A0, base, scale, p_seed)
+    return _LowRankLinear.apply(x, bias, B, A, B0, A0, base, scale, p_seed, path or sys.modules[__name__])

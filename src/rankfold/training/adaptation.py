@@ -205,7 +205,7 @@ class Adaptation:
         return fold(self.store)
 
     def requantisation_errors(self) -> dict[str, float]:
-        """‖Q(W') − W'‖ / ‖W' − W‖ by module: what of a change is lost where folded weights of a quantised base are stored in
+        """‖Q(W') − W'‖ / ‖W' − W‖ by module: what of a change would be lost if the folded weights of a quantised base were stored in
         its format again, which `fold` therefore doesn't do.
 
         Raises:

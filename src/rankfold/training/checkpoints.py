@@ -168,7 +168,7 @@ def load_checkpoint(folder: str | Path) -> RunState:
     document = read_json(folder / "state.json", _STATE)
     tree = unflatten(document["tree"], read_tensors(folder / "state.safetensors", finite=False))
     known = tree if isinstance(tree, dict) else {}
-    parts: dict[str, Any] = {part: known.get(part) for part in ("optimizer", "engine", "best", "history")}
+    parts = {part: known.get(part) for part in ("optimizer", "engine", "best", "history")}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{folder}: the state of a run is damaged: parts are missing")
     return RunState(document["step"], document["identity"], **parts)

@@ -55,7 +55,9 @@ def require_same(what: str, value: str) -> None:
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     if len(set(values)) > 1:
-        raise LayoutError(f"the processes hold {len(set(values))} different {what}; make them one, by a seed or a checkpoint")
+        raise LayoutError(
+            f"the processes hold {len(set(values))} different {what}; make them one, by a seed or a checkpoint"
+        )
 
 
 def take_device() -> None:

@@ -121,7 +121,7 @@ def _int4(module: nn.Module, W: Tensor) -> nn.Module:
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
-    return _torchao(module, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))  # type: ignore[attr-defined]
+    return _torchao(module, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
 
 
 def _like(module: nn.Module, cls: Any, weight: Any, **options: Any) -> nn.Module:

@@ -121,7 +121,11 @@ class AdaptSettings(_Settings):
     targets: Names = Field(("all-linear",), description="which weights: all-linear, names, globs")
     exclude: Names = Field((), description="patterns taken out again")
     regex: bool = Field(False, description="patterns are regular expressions")
-    extras: Names = Field((), description="modules that train whole in copies of the adapter; a new head is added by itself")
+    extras: Names = Field(
+        (),
+        description="what trains whole in copies of the adapter: modules and parameters by name or glob, biases (of the adapted "
+        "modules), all-biases, norms, or rows of a weight: embed_tokens[50:52]; a new head is added by itself",
+    )
 
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the training rows")
