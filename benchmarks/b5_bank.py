@@ -86,9 +86,35 @@ def decode(distinct: int, size: str) -> dict[str, Any]:
             "ours": lambda: model(ids),
             "peft": lambda: theirs(input_ids=ids, adapter_names=names),
         }
+        if distinct > 1:
+            steps["chosen anew"] = lambda: (bank.select(names), model(ids))
         timing = interleave(steps, rounds=3 if size == "toy" else 30)
-    ratios = {n: list(timing.ratio(n, "base")) for n in ("ours", "peft")}
-    return {"adapters": distinct, "rows": ROWS, "ms": {n: timing.ms(n) for n in steps}, "over base": ratios, "error": error}
+    ratios = {n: list(timing.ratio(n, "base")) for n in steps if n != "base"}
+    ms = {n: timing.ms(n) for n in steps}
+    read = sum(
+        t.nbytes for k in range(distinct) for e in _adapter(model, k, RANKS[k % len(RANKS)]).entries.values() for t in (e.A, e.B)
+    )
+    bound = 1 + 1e3 * read / _bytes_per_second() / ms["base"]
+    return {
+        "adapters": distinct,
+        "rows": ROWS,
+        "ms": ms,
+        "over base": ratios,
+        "error": error,
+        "read MB": read / 1e6,
+        "bound": bound,
+    }
+
+
+def _bytes_per_second() -> float:
+    """How fast this machine reads memory: 256 MB, the median of five."""
+    much = torch.ones(64 << 20)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        much.sum()
+        seconds.append(time.perf_counter() - start)
+    return much.nbytes / statistics.median(seconds[1:])
 
 
 def handling(resident: int, size: str) -> dict[str, Any]:

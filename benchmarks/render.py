@@ -138,10 +138,15 @@ def bank(cells: Cells) -> str:
             ours, theirs = row["over base"]["ours"], row["over base"]["peft"]
             reach = BANK.get(row["adapters"])
             verdict = f"≤ {reach:g}: {'met' if ours[0] <= reach else 'missed'}" if reach else ""
-            yield str(row["adapters"]), f"{row['ms']['base']:.2f} ms", _interval(ours), _interval(theirs), verdict
+            anew = row["over base"].get("chosen anew")
+            yield (
+                str(row["adapters"]), f"{row['ms']['base']:.2f} ms", _interval(ours), f"{anew[0]:.2f}" if anew else "",
+                f"{row['bound']:.2f}", _interval(theirs), verdict,
+            )  # fmt: skip
 
     text = "One token for each of 32 rows, adapters of rank 4, 8 and 16 in a bank of rank 16, over the base model's step.\n\n"
-    text += table(("adapters in the batch", "base", "ours", "peft", "reach"), rows())
+    text += table(("adapters in the batch", "base", "ours", "chosen anew each step", "bound", "peft", "reach"), rows())
+    text += "\n\nThe bound is the base's step and the time to read the factors of the adapters present once from memory."
     row = cells.get("handling")
     if row is None:
         return text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -46,6 +48,10 @@ def entries(seed: int, rank: int, gain: bool = False, embed: bool = False, scale
 
 
 def by_hand(adapter: rf.Adapter | None, ids: torch.Tensor) -> torch.Tensor:
+    return by_hand_module(adapter)(ids).detach()
+
+
+def by_hand_module(adapter: rf.Adapter | None) -> Model:
     """The model with W' written into it."""
     changed = model()
     for e in adapter.entries.values() if adapter is not None else ():
@@ -57,7 +63,7 @@ def by_hand(adapter: rf.Adapter | None, ids: torch.Tensor) -> torch.Tensor:
         if e.magnitude is not None:
             new = e.magnitude[:, None] * new / new.norm(dim=1, keepdim=True)
         module.weight.data.copy_(new.mT if e.kind == "embedding" else new)
-    return changed(ids).detach()
+    return changed
 
 
 IDS = torch.randint(0, 11, (40, 3), generator=torch.Generator().manual_seed(1))
@@ -146,6 +152,18 @@ def test_packed_rows_and_outputs_written_in_place() -> None:
         torch.testing.assert_close(base(IDS), by_hand(entries(1, 4, gain=True), IDS), rtol=0, atol=1e-10)
     with pytest.raises(OptionError, match="packed for another bank"):
         rf.Bank(model(), 1).add("a", bank.pack(made))
+
+
+@pytest.mark.parametrize("names", [["g", None], ["g", "g"]], ids=["rows", "one"])
+def test_gains_without_a_change_of_rank(names: list[str | None]) -> None:
+    base = model()
+    bank, made = rf.Bank(base, RANK), entries(0, 0, gain=True)
+    bank.add("g", made)
+    bank.select(names)
+    expected = torch.cat([by_hand(made if name else None, IDS[k : k + 1]) for k, name in enumerate(names)])
+    torch.testing.assert_close(base(IDS[:2]).detach(), expected, rtol=0, atol=1e-10)
+    with pytest.raises(OptionError, match="rescales rows of first, and this bank has gains=False"):
+        rf.Bank(model(), RANK, gains=False).add("g", made)
 
 
 def test_row_slices() -> None:
@@ -248,6 +266,76 @@ def test_u10_removal_returns_memory() -> None:
     bank.remove("a63")
     assert bank.nbytes == empty
     assert len(bank) == 0
+
+
+def test_u10_the_old_arena_is_freed_and_shrinking_returns_what_is_left() -> None:
+    bank = rf.Bank(model(), RANK, slots=8)
+    for k in range(16):
+        bank.add(f"a{k}", entries(k, 3))
+    bank.select(["a0", "a15"])
+    bank.model(IDS)
+    old, kept = weakref.ref(bank.arena.untyped_storage()), weakref.ref(bank._kept[0][0].untyped_storage())
+    bank.select("a0")
+    gc.collect()
+    assert kept() is None  # the rows' own copies go with the choice
+    for k in range(1, 15):
+        bank.remove(f"a{k}")
+    bank.shrink()
+    gc.collect()
+    assert old() is None
+    assert bank.nbytes == 3 * bank.arena[0].nbytes
+    torch.testing.assert_close(bank.model(IDS).detach(), by_hand(entries(0, 3), IDS), rtol=0, atol=1e-10)
+    bank.add("again", entries(20, 3))  # grows
+
+
+def test_u8_gains_ranks_and_the_base_switch_within_one_graph() -> None:
+    base = model()
+    bank = rf.Bank(base, RANK, slots=40, targets="all")
+    made: dict[str | None, rf.Adapter | None] = {None: None}
+    for k in range(6):
+        made[f"a{k}"] = entries(k, 1 + k, gain=k % 2 == 1, embed=k % 3 == 0)
+        bank.add(f"a{k}", made[f"a{k}"])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(base, backend=counter, fullgraph=True)
+    for names in (["a0", "a2", "a4"], ["a1", None, "a3"], ["a5", "a5", "a0"]):
+        bank.select(names)
+        expected = torch.cat([by_hand(made[name], IDS[k : k + 1]) for k, name in enumerate(names)])
+        torch.testing.assert_close(compiled(IDS[:3]).detach(), expected, rtol=0, atol=1e-10)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("names", ["a", ["a", "b", "a", "b"]], ids=["one", "rows"])
+def test_gradients_pass_through_and_the_arena_gets_none(names: str | list[str]) -> None:
+    base = model()
+    bank = rf.Bank(base, RANK)
+    made = {"a": entries(0, 3, gain=True), "b": entries(1, 2)}
+    for name, adapter in made.items():
+        bank.add(name, adapter)
+    bank.select(names)
+    base(IDS[:4]).square().sum().backward()
+    for row in range(4):
+        expected = by_hand_module(made["a" if isinstance(names, str) else names[row]])
+        expected(IDS[row : row + 1]).square().sum().backward()
+        for token in set(IDS[row].tolist()) - {t for r in range(4) if r != row for t in IDS[r].tolist()}:
+            torch.testing.assert_close(base.embed.weight.grad[token], expected.embed.weight.grad[token], rtol=1e-9, atol=1e-9)
+    assert not bank.arena.requires_grad
+
+
+def test_bfloat16_and_autocast_stay_within_rounding() -> None:
+    made = {"a": entries(0, 3, gain=True), "b": entries(1, 5)}
+    expected = torch.cat([by_hand(made[n], IDS[k : k + 1]) for k, n in enumerate("abba")])
+    for base, cast in ((model().bfloat16(), False), (model().float(), True)):
+        bank = rf.Bank(base, RANK)
+        for name, adapter in made.items():
+            bank.add(name, adapter)
+        for names in ("a", list("abba")):
+            bank.select(names)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                got = base(IDS[:4])
+            assert got.dtype == torch.bfloat16
+            rows = slice(0, 1) if names == "a" else slice(0, 4)
+            error = (got.double()[rows] - expected[rows]).norm() / expected[rows].norm()
+            assert error < 2e-2
 
 
 def test_refusals() -> None:

@@ -98,7 +98,7 @@ class PlainBank:
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> bank = PlainBank(model, rank=2)
-    >>> bank.add("ones", Adapter.of([Entry("0", torch.ones(3, 1), torch.ones(1, 4))]))
+    >>> _ = bank.add("ones", Adapter.of([Entry("0", torch.ones(3, 1), torch.ones(1, 4))]))
     >>> x = torch.ones(2, 4)
     >>> before = model(x)
     >>> bank.select(["ones", None])
@@ -131,6 +131,7 @@ class PlainBank:
         self.free = list(range(slots, 0, -1))
         self._cuts: dict[int, Segments] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._direct: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept_gain: dict[int, Tensor] = {}
         self._choose([])
         self._hooks = [p.module.register_forward_hook(self._hook(p), with_kwargs=True) for p in self.places.values()]
@@ -190,10 +191,11 @@ class PlainBank:
     # add, replace, remove
 
     @torch.no_grad()
-    def add(self, name: str, adapter: Adapter | Packed) -> None:
+    def add(self, name: str, source: Adapter | Packed) -> float:
         """Copy an adapter into a free slot; nothing that is compiled changes while the arena need not grow.
 
-        A row that `pack` made beforehand is one copy, whatever the number of adapters and sites.
+        A row that `pack` made beforehand is one copy, whatever the number of adapters and sites. Returns the relative error of
+        what was added: 0, plain data are taken whole or refused.
 
         Raises:
             OptionError: the name is taken; a rank above the bucket; whole tensors (heads), which rows of a batch can't choose;
@@ -202,22 +204,24 @@ class PlainBank:
         """
         if name in self.held:
             raise OptionError(f"bank: {name!r} is there already; bank.replace swaps it")
-        packed = self.pack(adapter, name)
+        packed = self.pack(source, name)
         if not self.free:
             self._resize(2 * self.arena.shape[0])
         self._write(name, self.free.pop(), packed)
+        return 0.0
 
     @torch.no_grad()
-    def replace(self, name: str, adapter: Adapter | Packed) -> None:
+    def replace(self, name: str, source: Adapter | Packed) -> float:
         """Swap an adapter in place, of whatever rank and scale; a choice that holds it goes on with the new one.
 
         Raises:
             UnknownName: no adapter of that name. Else as `add`.
         """
         slot = self._known(name).slot
-        self._write(name, slot, self.pack(adapter, name))
+        self._write(name, slot, self.pack(source, name))
         if name in self.selected:
             self._choose(self.selected)
+        return 0.0
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -355,11 +359,14 @@ class PlainBank:
         self.index = torch.tensor([h.slot for h in chosen[: self.rows]], dtype=torch.long, device=self.arena.device)
         self._cuts.clear()
         self._kept.clear()
+        self._direct.clear()
         self._kept_gain.clear()
 
     # the forward pass
 
     def _hook(self, place: _Place) -> Any:
+        out, in_ = place.site.shape
+
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not self.rows:
                 return None
@@ -367,11 +374,14 @@ class PlainBank:
             if not compiled and not self._touched >> place.number & 1:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
+            direct = self._direct.get(place.number)
+            if direct is not None and not compiled and not torch.is_grad_enabled():
+                AT, B = direct
+                if x.dtype == y.dtype == B.dtype and y.is_contiguous():  # few calls: they are what such a step costs
+                    y.view(-1, out).addmm_(x.reshape(-1, in_).mm(AT), B)
+                    return y
             if compiled or (y.requires_grad and torch.is_grad_enabled()) or not y.is_contiguous():
                 y = y.clone(memory_format=torch.contiguous_format)
-            if self._alone and not (self.scaled or compiled or place.tokens or place.site.rows):
-                A, B = self._own(place)
-                return add_one(y, self._low(x, A), B)
             part = self._part(place, x, y)
             if self.gains and (compiled or self.scaled):
                 self._rescale(place, module, part, compiled)
@@ -382,9 +392,13 @@ class PlainBank:
                 return y
             A, B = self._own(place)
             cut = None if self._alone else self._cut(place)
+            if cut is not None and not len(cut.slots):  # gains alone
+                return y
             h = self._columns(x, A, self.index, cut) if place.tokens else self._low(x, A, cut)
             if cut is None:
                 add_one(part, h.flatten(0, -2), B)
+                if not (self.scaled or place.tokens or place.site.rows):
+                    self._direct[place.number] = A.mT, B
             else:
                 add_segments(part, h, B, cut)
             return y

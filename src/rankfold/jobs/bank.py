@@ -54,7 +54,7 @@ class Bank(PlainBank):
     >>> bank = rf.Bank(model, rank=2)
     >>> bank.add("mine", adaptation) < 1e-6                   # the largest relative error: DoRA is exact
     True
-    >>> adaptation.use()                                      # off: the bank stands beside the bare model
+    >>> _ = adaptation.use()                                  # off: the bank stands beside the bare model
     >>> bank.select(["mine", None])
     >>> torch.allclose(model(x)[0], trained[0], atol=1e-5), torch.allclose(model(x)[1], trained[1], atol=1e-5)
     (True, False)
