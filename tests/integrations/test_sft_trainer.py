@@ -21,7 +21,9 @@ def _nothing_is_sent(monkeypatch):
 
 def sft_arguments(folder, **options):
     return arguments(
-        folder, trl.SFTConfig, **{"activation_checkpointing": False, "max_length": 16, "loss_type": "nll", **options}
+        folder,
+        trl.SFTConfig,
+        **{"activation_checkpointing": False, "bf16": False, "max_length": 16, "loss_type": "nll", **options},
     )
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from rankfold.adapters.atomic import write_text
 from rankfold.adapters.native import JSON, TENSORS
+from rankfold.core.sharding import is_sharded
 from rankfold.errors import FileError, LayoutError
 from rankfold.training.adaptation import Adaptation, Attached
 from rankfold.training.checkpoints import put_back, take_up
@@ -91,6 +92,10 @@ class TrainsAdapter(_Trainer):
 
     def _admit(self, model: nn.Module) -> None:
         require_ours(model, adaptation_within(model))
+        if is_sharded(model):
+            raise LayoutError(
+                "the base is cut over processes (FSDP2): the Trainer would wrap and save it whole; train it with the loop"
+            )
         if self._entrance is not None:
             self._entrance.enter_context(admitted(model))
 
@@ -133,6 +138,21 @@ class TrainsAdapter(_Trainer):
         if chosen == ADAM:
             return {}
         return {"betas": (chosen["adam_beta1"], chosen["adam_beta2"]), "eps": chosen["adam_epsilon"]}
+
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        """The library's; over several processes only while the adapter's tensors are those that DDP was given.
+
+        Raises:
+            LayoutError: the policy has put others in their place (slice, grow, replace).
+        """
+        engine = self._engine
+        changed = sorted({"slice", "grow", "replace"} & engine.touched.keys()) if engine is not None else []
+        if changed and self.accelerator.num_processes > 1:
+            raise LayoutError(
+                f"rank policy {self._attached.method.rank.name!r} changed shapes ({', '.join(changed)}), and DDP still averages "
+                f"the tensors of before. Train in one process, or choose a policy that masks"
+            )
+        return super().training_step(*args, **options)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **options: Any
