@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from rankfold.linalg import Operator, at_least_float32, like
 from rankfold.linalg.sharded import is_cut, whole
 
-from .bases import packed_base
+from .bases import is_packed, packed_base
 from .kinds import kind_named, weight_of
 from .site import Site
 
-__all__ = ["Base", "DenseBase", "base_of"]
+__all__ = ["Base", "DenseBase", "base_of", "stored_tensors"]
 
 CHUNK_BYTES = 256 << 20
 
@@ -193,3 +193,22 @@ class Gathered(DenseBase):
 def base_of(module: nn.Module, site: Site) -> Base:
     """The base of a site, by the format in which the module stores its weight."""
     return packed_base(module, site) or DenseBase(module, site)
+
+
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """What the model's own parameters consist of in memory: the packed tensors and scales of quantised ones.
+
+    >>> [tuple(t.shape) for t in stored_tensors(nn.Linear(3, 2))]
+    [(2, 3), (2,)]
+    """
+    found: list[Tensor] = []
+    for path, module in model.named_modules():
+        if path.partition(".")[0] == "rankfold":
+            continue
+        for name, parameter in module._parameters.items():
+            if name == "weight" and is_packed(module) and hasattr(module, "in_features"):
+                base: Any = packed_base(module, Site("", (int(module.out_features), int(module.in_features))))
+                found += base.storage()
+            elif parameter is not None:
+                found.append(parameter)
+    return list({id(t): t for t in found}.values())

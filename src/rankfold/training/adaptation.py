@@ -205,8 +205,8 @@ class Adaptation:
         return fold(self.store)
 
     def requantisation_errors(self) -> dict[str, float]:
-        """‖Q(W') − W'‖ / ‖W' − W‖ by module: what of a change would be lost if the folded weights of a quantised base were stored in
-        its format again, which `fold` therefore doesn't do.
+        """‖Q(W') − W'‖ / ‖W' − W‖ by module: what of a change would be lost if the folded weights of a quantised base were
+        stored in its format again, which `fold` therefore doesn't do.
 
         Raises:
             LayoutError: no base is quantised, a format that can't be written, or as `fold`.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.bases import is_packed
 from rankfold.core.kinds import kind_named, weight_of
 from rankfold.core.probing import call_model, unchanged
 from rankfold.core.sharding import close
@@ -197,7 +198,7 @@ class _Pass:
         self.modules = dict(model.named_modules())
         self.batch: Any = None
         self.call: Mapping[str, Any] = {}
-        self.fired: set[int] = set()
+        self.fired: set[int | str] = set()
 
     def share(self, wanted: Wanted, batch: Any) -> dict[str, tuple[Site, Statistic]]:
         """The same with one statistic for all sites that read the same tensors at every call of a first forward pass."""
@@ -329,15 +330,49 @@ class _Pass:
     def _gradient_hooks(self, wanted: Wanted, reached: set[str]) -> list[Any]:
         """One hook per weight: tied sites and row slices of one weight are fed from one gradient."""
         users: dict[int, tuple[nn.Parameter, list[str]]] = {}
+        packed: dict[str, list[str]] = {}
         for key, (site, statistic) in wanted.items():
             if statistic.source != "gradient":
+                continue
+            if is_packed(self.modules[site.module]):
+                packed.setdefault(site.module, []).append(key)
                 continue
             weight: Any = weight_of(self.modules[site.module], site)
             if not weight.is_floating_point():
                 raise LayoutError(f"{key}: its weight is stored as {weight.dtype}, which has no gradient; load it in bfloat16")
             weight.requires_grad_(True)
             users.setdefault(id(weight), (weight, []))[1].append(key)
-        return [self._hand_over(weight, [(k, *wanted[k]) for k in keys], reached) for weight, keys in users.values()]
+        hooks = [self._hand_over(weight, [(k, *wanted[k]) for k in keys], reached) for weight, keys in users.values()]
+        return hooks + [h for path, keys in packed.items() for h in self._beside(path, [(k, *wanted[k]) for k in keys], reached)]
+
+    def _beside(self, path: str, users: Sequence[tuple[str, Site, Statistic]], reached: set[str]) -> list[Any]:
+        """A packed weight gets no gradient of its own: gᵀ x from the input of its module and the gradient of what comes out."""
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            if args and torch.is_grad_enabled() and not args[0].requires_grad:  # then nothing before it trains
+                return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+            return None
+
+        def leave(module: nn.Module, args: tuple, y: Tensor) -> None:
+            if y.requires_grad:
+                x = args[0].detach()
+                y.register_hook(lambda g: take(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])))
+
+        def take(g: Tensor, x: Tensor) -> None:
+            if path in self.fired:
+                raise LayoutError(
+                    f"{users[0][0]}: its module is called several times in one pass, so its gradient comes in pieces"
+                )
+            self.fired.add(path)
+            for key, site, statistic in users:
+                G = g.mT @ x if site.rows is None else g[:, slice(*site.rows)].mT @ x
+                _require_finite(G, site, "gradient")
+                reached.add(key)
+                if not statistic.done:
+                    statistic.observe(G)
+
+        module = self.modules[path]
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def _hand_over(self, weight: nn.Parameter, users: Sequence[tuple[str, Site, Statistic]], reached: set[str]) -> Any:
         def hook(parameter: Tensor) -> None:

@@ -62,9 +62,12 @@ def refusal(module: nn.Module, site: Site) -> str | None:
     if site.kind != "linear":
         return f"its weight is stored as {type(weight).__name__}, which is read in linear layers only, not as {site.kind}"
     cls = packed_class(module)
-    if cls is not None and cls.__name__ == "Linear4bit" and getattr(weight, "quant_state", None) is None:
-        if getattr(module, "quant_state", None) is None:
+    if cls is not None and cls.__name__ == "Linear4bit":
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is None:
             return "its weight is not quantised yet: bitsandbytes does that in model.to(DEVICE)"
+        if weight.device.type == "cpu" and site.shape[1] % state.blocksize:  # seen in 0.50.2: with scales of other blocks
+            return f"on a CPU bitsandbytes misreads rows of {site.shape[1]} in blocks of {state.blocksize}; leave it dense"
     if cls is not None and cls.__name__ == "Linear8bitLt" and str(weight.dtype) != "torch.int8":
         return "its weight is no int8 (has_fp16_weights=True, or model.to(DEVICE) is still to come)"
     return None

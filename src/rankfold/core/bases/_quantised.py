@@ -181,7 +181,7 @@ class _Product(torch.autograd.Function):
         return base._product(x, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         gx = _Transposed.apply(g, ctx.base) if ctx.needs_input_grad[0] else None
         gb = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return gx, gb, None
@@ -196,5 +196,5 @@ class _Transposed(torch.autograd.Function):
         return base.rmatmul(g)
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, h: Tensor) -> Any:
         return _Product.apply(h, None, ctx.base), None

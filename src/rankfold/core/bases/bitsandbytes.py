@@ -1,7 +1,7 @@
 """bitsandbytes: NF4 and FP4 (`Linear4bit`; Dettmers et al., "QLoRA", 2023), int8 (`Linear8bitLt`; "LLM.int8()", 2022).
 
-On a CPU with AVX512-BF16 the library repacks a `Linear4bit` at its first evaluation, for good and with scales rounded to bf16, and
-from then on passes no gradient through it. Here such a weight is read in either packing, and never repacked.
+On a CPU with AVX512-BF16 the library repacks a `Linear4bit` at its first evaluation, for good and with scales rounded to bf16,
+and from then on passes no gradient through it. Here such a weight is read in either packing, and never repacked.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ FORMATS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes", "bnb-int
 SOURCE = "_rankfold_source"
 """Attribute of a quantised module: (hash of the weight that it was made from, hash of what it holds)."""
 
-GROUP = 32
-"""Entries of a row that share one scale in int4."""
+GROUPS = {"int4": 32, "nf4": 64}
+"""Entries of a row that share one scale."""
 
 
 @torch.no_grad()
@@ -69,11 +69,12 @@ def quantise(
     sites = [s for s in sites if type(modules[s.module]) is nn.Linear and not is_packed(modules[s.module])]
     if not sites or (sites[0].module == "" and library == "bitsandbytes"):
         raise TargetError(f"quantise: {type(model).__name__} has no linear layer with a weight of its own among {targets!r}")
-    uneven = [s for s in sites if format == "int4" and s.shape[1] % GROUP]
+    group = GROUPS.get(format, 1)
+    uneven = [s for s in sites if s.shape[1] % group]
     if uneven:
         raise TargetError(
-            f"quantise: int4 has one scale for {GROUP} entries of a row, and rows of {uneven[0].name} have {uneven[0].shape[1]}. "
-            f"Leave it out: exclude={[s.name for s in uneven[:3]]}, or choose nf4 or int8"
+            f"quantise: {format} has one scale for {group} entries of a row, and rows of {uneven[0].name} have "
+            f"{uneven[0].shape[1]}. Leave it out: exclude={[s.name for s in uneven[:3]]}, or choose int8"
         )
     return {site.name: _quantise_one(model, site, format) for site in sites}
 
@@ -117,11 +118,12 @@ def _int4(module: nn.Module, W: Tensor) -> nn.Module:
     if W.device.type == "cuda":  # packed for its tensor cores
         from torchao.quantization import Int4WeightOnlyConfig
 
-        return _torchao(module, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
+        return _torchao(module, Int4WeightOnlyConfig(group_size=GROUPS["int4"], int4_packing_format="tile_packed_to_4d"))
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
-    return _torchao(module, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+    dtypes: Any = torch  # whose stubs know no dtype of four bits
+    return _torchao(module, IntxWeightOnlyConfig(weight_dtype=dtypes.int4, granularity=PerGroup(GROUPS["int4"])))
 
 
 def _like(module: nn.Module, cls: Any, weight: Any, **options: Any) -> nn.Module:

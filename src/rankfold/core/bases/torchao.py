@@ -43,7 +43,8 @@ class Torchao(QuantisedBase):
 
     @property
     def _opaque(self) -> bool:
-        return not any("dequantize" in vars(cls) for cls in type(self.stored).__mro__ if cls.__module__.startswith("torchao.quant"))
+        own = [cls for cls in type(self.stored).__mro__ if cls.__module__.startswith("torchao.quant")]
+        return not any("dequantize" in vars(cls) for cls in own)
 
     @property
     def step(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.bases.quantise import quantise
 from rankfold.errors import FileError, OptionError
 from rankfold.jobs.data import Table
 from rankfold.jobs.models import Loaded, load_model
@@ -120,6 +121,11 @@ def prepare(s: AdaptSettings, screen: Screen) -> Prepared:
     inputs = read_inputs(s)
     screen.say("data", "\n".join(inputs.describe()))
     loaded = load_model(s.model, s.task, labels=inputs.labels, tokenizer=s.tokenizer, dtype=s.dtype, device=s.device, seed=s.seed)
+    if s.quantise is not None:
+        errors = quantise(loaded.model, s.quantise)
+        worst = max(errors, key=lambda name: errors[name])
+        found = f"{len(errors)} linear layers in {s.quantise}, largest ‖W − Q(W)‖ / ‖W‖ {errors[worst]:.2g} at {worst}"
+        screen.say("note", f"{found}; targets decide what is adapted")
     assert s.max_length is not None
     assert s.batch_size is not None
     task = task_for(s.task, loaded, s.max_length, s.temperature)

@@ -1,7 +1,7 @@
 """Packed weights under every structure of the registry, against dense float64 algebra over what the library says they hold.
 
-The oracle dequantises by the library's own call (never by rankfold), and runs the model as it was with the dense W' in the place of
-the packed weight. Sites have out ≠ in; rows that don't fill a block of 64 are among them.
+The oracle dequantises by the library's own call (never by rankfold), and runs the model as it was with the dense W' in the place
+of the packed weight. Sites have out ≠ in.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from rankfold.core.structure import Context, trait
 from rankfold.core.targets import every_site
 from rankfold.errors import FingerprintError, LayoutError, MissingExtra, OptionError, TargetError
 from rankfold.linalg import Dense
-from laws.checks import Checks
-from laws.subjects import refused_by, shake, small, subjects
-from laws.tolerances import distance
+
+from .checks import Checks
+from .subjects import refused_by, shake, small, subjects
+from .tolerances import distance
 
 FORMATS = ("int8", "int4", "nf4", "bnb-int8")
 LIBRARY = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes", "bnb-int8": "bitsandbytes"}
@@ -32,15 +33,15 @@ VALUE, GRAD = 1e-5, 1e-4  # float32 against float64, as in the laws; the quantis
 
 
 class Two(nn.Module):
-    """Two linear sites, [24, 32] with bias and [10, 24 + 8] without."""
+    """Two linear sites, [24, 64] with bias and [10, 24 + 40] without."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(32, 24), nn.Linear(32, 10, bias=False)
+        self.first, self.second = nn.Linear(64, 24), nn.Linear(64, 10, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
-        return self.second(torch.cat([h, x[..., :8]], -1))
+        return self.second(torch.cat([h, x[..., :40]], -1))
 
 
 def needs(format: str) -> None:
@@ -61,7 +62,7 @@ def quantised(format: str, seed: int = 0) -> nn.Module:
 
 
 def inputs(*lead: int) -> Tensor:
-    return torch.randn(*(lead or (3, 5)), 32, generator=torch.Generator().manual_seed(3))
+    return torch.randn(*(lead or (3, 5)), 64, generator=torch.Generator().manual_seed(3))
 
 
 def held(module: nn.Module) -> Tensor:
@@ -98,7 +99,6 @@ def plain_structures() -> list[str]:
 
 def definition(model: nn.Module, adaptation: rf.Adaptation, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """(y, the adapter's tensors in float64, x in float64) by dense algebra over what the library says the weights are."""
-    dense = dense_model().double()
     leaves = {}
     for key, t in adaptation.tensors().items():
         t = t.detach().clone()
@@ -106,8 +106,11 @@ def definition(model: nn.Module, adaptation: rf.Adaptation, x: Tensor) -> tuple[
     x = x.detach().double().requires_grad_()
     slots = {s.site.name: s for s in adaptation.slots()}
 
+    whole = {e.name: leaves[e.key] for s in slots.values() for e in s.member.extras.values()}  # of structures that own every bias
+
     def layer(name: str, z: Tensor) -> Tensor:
-        W, bias, slot = held(getattr(model, name)), getattr(model, name).bias, slots[name]
+        W, slot = held(getattr(model, name)), slots[name]
+        bias = whole.get(f"{name}.bias", getattr(model, name).bias)
         values = {}
         for f, (key, cut) in slot.binding.items():
             values[f] = leaves[key] if cut is None else leaves[key][cut]
@@ -120,11 +123,10 @@ def definition(model: nn.Module, adaptation: rf.Adaptation, x: Tensor) -> tuple[
             y = torch.stack(rows).reshape(*z.shape[:-1], -1)
         else:
             y = z @ slot.structure.weight(Dense(W), t, slot.site, Context()).dense().mT
-        return y if bias is None else y + bias.detach().double()
+        return y if bias is None else y + bias.double()
 
     h = torch.tanh(layer("first", x))
-    del dense
-    return layer("second", torch.cat([h, x[..., :8]], -1)), leaves, x
+    return layer("second", torch.cat([h, x[..., :40]], -1)), leaves, x
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -132,8 +134,8 @@ def definition(model: nn.Module, adaptation: rf.Adaptation, x: Tensor) -> tuple[
 def test_every_structure_equals_its_definition_over_a_packed_weight(method: str, format: str) -> None:
     """Laws 1, 2 and 3: same function at the start, forward and gradients after it, packed bytes as they were.
 
-    Exempt: gates and dropout act in their own way in training (law 3 tries them on dense weights); here they run in evaluation, and
-    so not over bnb-int8, whose product in evaluation rounds the activations.
+    Exempt: gates and dropout act in their own way in training (law 3 tries them on dense weights); here they run in evaluation,
+    and so not over bnb-int8, whose product in evaluation rounds the activations.
     """
     model, made = quantised(format), small(method)
     if refused_by(made, "linear"):
@@ -145,6 +147,7 @@ def test_every_structure_equals_its_definition_over_a_packed_weight(method: str,
     before, x = packed_hash(model), inputs().requires_grad_()
     start = model(x).detach()
     adaptation = rf.adapt(model, made, targets=["first", "second"], seed=1)
+    adaptation.store.watchers.clear()  # `shake` below is no optimizer of theirs
     with Checks(f"{method} over {format}") as check:
         with adaptation.disabled():
             check.bitwise(model(x).detach(), start, "disabled")
@@ -204,7 +207,7 @@ def test_a_large_weight_is_read_in_blocks(format: str, monkeypatch: pytest.Monke
     model = quantised(format)
     W = held(model.first)
     base = base_of(model.first, site(model, "first"))
-    monkeypatch.setattr(_quantised, "BLOCK_BYTES", 4 * 32 * 5)  # five rows of float32
+    monkeypatch.setattr(_quantised, "BLOCK_BYTES", 4 * 64 * 5)  # five rows of float32
     sizes = [len(part) for _, _, part in base.blocks(torch.float32)]
     assert len(sizes) >= 4, sizes
     assert max(sizes) <= 5, sizes
@@ -215,7 +218,7 @@ def test_a_large_weight_is_read_in_blocks(format: str, monkeypatch: pytest.Monke
     assert distance(base.rows(index), W[index]) < 1e-6
     assert distance(base.columns(index), W.mT[index]) < 1e-6
     assert distance(base.row_sqnorm(), W.square().sum(-1)) < 1e-6
-    sliced = base_of(model.first, rf.Site("first", (9, 32), rows=(7, 16)))
+    sliced = base_of(model.first, rf.Site("first", (9, 64), rows=(7, 16)))
     assert distance(sliced.dense(), W[7:16]) < 1e-6
     assert distance(sliced.rmatmul(g[:, :9]), g[:, :9].double() @ W[7:16]) < 1e-6
     x = inputs(4)
@@ -248,7 +251,7 @@ def test_row_slices(format: str) -> None:
         t = slot.t(adaptation.store)
         W[slice(*slot.site.rows)] += slot.structure.scale * (t.B @ t.A).detach().double()
     h = torch.tanh(x.detach().double() @ W.mT + model.first.bias.detach().double())
-    expected = torch.cat([h, x.detach().double()[..., :8]], -1) @ held(model.second).mT
+    expected = torch.cat([h, x.detach().double()[..., :40]], -1) @ held(model.second).mT
     y = model(x).detach()
     assert distance(y, expected) < VALUE
     errors = adaptation.fold()
@@ -287,8 +290,8 @@ def test_copies_dtypes_checkpointing_and_the_probe(format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_qlora_trains(format: str) -> None:
     """`lora` on a packed base, some steps: the loss falls, the base's bytes stay, nothing dense is kept for the backward pass."""
-    model, x = quantised(format), inputs(64)
-    target = torch.tanh(x @ torch.randn(32, 10, generator=torch.Generator().manual_seed(9)) / 4)
+    model, x = quantised(format), inputs(63)
+    target = torch.tanh(x @ torch.randn(64, 10, generator=torch.Generator().manual_seed(9)) / 4)
     adaptation = rf.adapt(model, "lora", rank=4, targets=["first", "second"])
     before, optimizer = packed_hash(model), adaptation.optimizer(lr=2e-2)
     losses, kept = [], []
@@ -303,9 +306,9 @@ def test_qlora_trains(format: str) -> None:
             loss = (model(x) - target).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.6 * losses[0], losses
-    assert not {(24, 32), (10, 32), (32, 24), (32, 10)} & set(kept)
+    assert not {(24, 64), (10, 64), (64, 24), (64, 10)} & set(kept)
     assert packed_hash(model) == before
 
 
@@ -343,8 +346,8 @@ def test_u20_folding_into_a_quantised_base_says_its_error(format: str) -> None:
     assert torch.equal(model(x), y)
 
 
-def test_what_requantising_loses_is_measured_against_the_library(format: str = "nf4") -> None:
-    model = quantised(format)
+def test_what_requantising_loses_is_measured_against_the_library() -> None:
+    model = quantised("nf4")
     adaptation = rf.adapt(model, "lora", rank=2, targets=["second"])
     shake(adaptation)
     t = adaptation.slots()[0].t(adaptation.store)
@@ -359,6 +362,25 @@ def test_what_requantising_loses_is_measured_against_the_library(format: str = "
     adapted = rf.adapt(dense, "lora", rank=2, targets=["second"])
     with pytest.raises(LayoutError, match="quantised"):
         adapted.requantisation_errors()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inits_that_look_at_data_see_a_packed_weight_as_its_dense_copy(format: str) -> None:
+    """PiSSA (the weight), EVA (inputs) and LoRA-GA (gradients, which a packed weight has none of by itself)."""
+    loss = lambda m, batch: m(batch).square().mean()
+    for method in ("pissa", "eva", "lora-ga"):
+        model, dense = quantised(format), dense_model().train()
+        with torch.no_grad():
+            for name in ("first", "second"):
+                getattr(dense, name).weight.copy_(held(getattr(model, name)))
+        options = {"targets": ["first", "second"], "batches": [inputs(40), inputs(40) + 1], "loss": loss, "seed": 1}
+        found, expected = rf.adapt(model, small(method), **options), rf.adapt(dense, small(method), **options)
+        near = 5e-2 if format == "bnb-int8" else 1e-3  # the pass runs in evaluation, where that product rounds activations
+        assert [s.key for s in found.sites] == ["first", "second"]
+        for a, b in zip(found.slots(), expected.slots()):
+            mine, theirs = a.t(found.store), b.t(expected.store)
+            assert distance(mine.A.mT @ mine.A, theirs.A.mT @ theirs.A) < near, (method, a.site.key)
+            assert distance(mine.B @ mine.B.mT, theirs.B @ theirs.B.mT) < near, (method, a.site.key)
 
 
 # adapters between storages of one source
@@ -395,8 +417,8 @@ def test_the_same_storage_is_the_same_base(format: str, tmp_path: object) -> Non
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_quantised_model_carries_the_fingerprint_of_its_source(format: str) -> None:
-    """The hash is the dense checkpoint's; a model that others quantised learns it from `record_source`; a weight that was written to
-    since has its own again."""
+    """The hash is the dense checkpoint's; a model that others quantised learns it from `record_source`; a weight that was written
+    to since has its own again."""
     dense, model = dense_model(), quantised(format)
     names = ["first.weight", "second.weight"]
     source = rf.fingerprint(dense, names)
@@ -442,10 +464,20 @@ def test_quantise_says_where_it_cannot(format: str) -> None:
         rf.quantise(adapted, format)
 
 
-def test_int4_needs_whole_groups() -> None:
-    needs("int4")
-    with pytest.raises(TargetError, match="32 entries"):
-        rf.quantise(nn.Sequential(nn.Linear(40, 8)), "int4")
+@pytest.mark.parametrize(("format", "group"), [("int4", 32), ("nf4", 64)])
+def test_rows_must_fill_whole_groups(format: str, group: int) -> None:
+    needs(format)
+    with pytest.raises(TargetError, match=f"{group} entries"):
+        rf.quantise(nn.Sequential(nn.Linear(96 if group == 64 else 40, 8)), format)
+
+
+def test_rows_that_bitsandbytes_misreads_on_a_cpu_are_refused() -> None:
+    """0.50.2: rows of 96 in blocks of 64 are dequantised with the scales of other blocks, at an error of 0.37 in the place of
+    0.09."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(96, 40, quant_type="nf4").to("cpu")
+    with pytest.raises(TargetError, match="misreads rows of 96 in blocks of 64"):
+        rf.adapt(nn.Sequential(layer), "lora", rank=2, targets=["0"])
 
 
 def test_a_packed_weight_in_another_kind_of_layer_is_refused() -> None:
@@ -494,8 +526,8 @@ def test_a_layout_that_cannot_be_dequantised_is_read_by_its_product() -> None:
 
 
 def test_a_weight_that_the_library_repacked_for_evaluation_still_trains() -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes repacks an NF4 weight at its first evaluation, and loses the gradient of its input from
-    then on. Adapters read either packing; a model that `rf.quantise` made is never repacked."""
+    """On a CPU with AVX512-BF16 bitsandbytes repacks an NF4 weight at its first evaluation, and loses the gradient of its input
+    from then on. Adapters read either packing; a model that `rf.quantise` made is never repacked."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = nn.Linear(64, 32)
@@ -527,3 +559,43 @@ def test_quantise_keeps_the_library_from_repacking() -> None:
     with torch.no_grad():
         model(inputs())
     assert packed_hash(model) == before
+
+
+@pytest.mark.parametrize("format", ["nf4", "bnb-int8", "int8"])
+def test_models_that_transformers_has_quantised(format: str, tmp_path: object) -> None:
+    """BitsAndBytesConfig and TorchAoConfig: attached, trained, moved to the dense model, folded."""
+    needs(format)
+    import transformers as hf
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
+    torch.manual_seed(0)
+    dense = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2))
+    dense.save_pretrained(f"{tmp_path}/m")
+    if format == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = hf.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        four = format == "nf4"
+        config = hf.BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4")
+    model = hf.LlamaForCausalLM.from_pretrained(
+        f"{tmp_path}/m", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    ).train()
+    ids = torch.arange(16).view(2, 8)
+    adaptation = rf.adapt(model, "lora", rank=2, targets=["q_proj", "down_proj"])
+    optimizer = adaptation.optimizer(lr=2e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05, losses
+    before = model(input_ids=ids).logits
+    assert max(adaptation.fold().values()) < 1e-4
+    assert distance(model(input_ids=ids).logits, before) < 1e-5
+    adaptation.unfold()
+    adaptation.save(f"{tmp_path}/a")
+    with pytest.warns(UserWarning, match="same source, other storage"):
+        rf.load(dense, f"{tmp_path}/a")
