@@ -90,6 +90,8 @@ def test_kinds_of_sites_are_one_graph(kind):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of graphs in pieces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("method", "kind"), cells())
 def test_every_kind_of_site_is_one_graph(method, kind, training):
@@ -97,6 +99,7 @@ def test_every_kind_of_site_is_one_graph(method, kind, training):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("method", ["lora", "dora", "hra", "gate+lora"])
 def test_generated_code_is_the_same_function(method):

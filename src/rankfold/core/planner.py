@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rankfold.errors import LayoutError, OptionError
 from rankfold.kernels import lowrank_linear, magnitude_linear, path_for, row_norms
+from rankfold.kernels.lowrank import Drop
 from rankfold.kernels.magnitude import amplify
 from rankfold.kernels.once import once
 from rankfold.linalg import Dense, Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
@@ -44,7 +45,7 @@ class Fused(NamedTuple):
     scale: float
     B0: Tensor | None
     A0: Tensor | None
-    drop: tuple[float, int] | None
+    drop: Drop
 
 
 @dataclass

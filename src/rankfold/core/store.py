@@ -35,8 +35,8 @@ class Slot:
     """One adapter at one site: its structure there, and where its tensors stand in the store.
 
     `binding` maps each field of t to (name in the store, slices): shared tensors hand out slices. The fields that `emits`
-    names are filled by `prepare`, once per forward of the model. A side module has no base. `on` is its adapter's weight as of the last
-    `Store.settle`.
+    names are filled by `prepare`, once per forward of the model. A side module has no base. `on` is its adapter's weight as of
+    the last `Store.settle`.
     """
 
     member: Member

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.linalg.dropout import keep_mask
+from rankfold.linalg.dropout import dropped, keep_mask
 
 from .once import once
 
 __all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
 
-Drop = tuple[float, int] | None
-"""(p, seed) of the dropout in front of A, or None."""
+Drop = tuple[float, int | Tensor] | None
+"""(p, seed) of the dropout in front of A, or None; the seed is a tensor in a compiled graph."""
 
 
 def stack_factors(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,11 @@ def mask_of(shape: torch.Size, p_seed: Drop, like: Tensor) -> Tensor | None:
     if p_seed is None:
         return None
     p, seed = p_seed
-    return keep_mask(shape, p, seed, like.device).to(like.dtype).mul_(1.0 / (1.0 - p))
+    return keep_mask(shape, p, int(seed), like.device).to(like.dtype).mul_(1.0 / (1.0 - p))
 
 
 def drop(x: Tensor, p_seed: Drop) -> Tensor:
-    mask = mask_of(x.shape, p_seed, x)
-    return x if mask is None else x * mask
+    return x if p_seed is None else dropped(x, *p_seed)
 
 
 def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: Drop) -> Tensor:

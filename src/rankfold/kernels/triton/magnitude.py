@@ -20,7 +20,7 @@ PARTS = 32
 
 @triton.jit
 def _norms(
-    W, B, A, cross, gram, own, norm, scale, floor, limit, out, width, rank, wo, wn, bo, br, ar, an, co, cr,
+    W, B, A, cross, gram, own, result, scale, limit, out, width, rank, wo, wn, bo, br, ar, an, co, cr,
     O: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * O + tl.arange(0, O)
@@ -51,7 +51,7 @@ def _norms(
                 row += scale * tl.dot(b, a, input_precision="ieee")
             fresh += tl.sum(row * row, 1)
         square = tl.where(lost, fresh, square)
-    tl.store(norm + o, tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), floor), here)
+    tl.store(result + o, square, here)
 
 
 @torch.no_grad()
@@ -62,13 +62,13 @@ def row_norms(
     Bs, As = stack_factors(B, A, B0, A0, torch.float32)
     W, rank = base.W, As.shape[0]
     cross = base.matmul(As.to(base.dtype)).mT  # [out, r]
-    norm = torch.empty(W.shape[0], dtype=torch.float32, device=W.device)
     out, width = W.shape
+    square = torch.empty(out, dtype=torch.float32, device=W.device)
     _norms[(triton.cdiv(out, ROWS),)](
-        W, Bs, As, cross, As @ As.mT, base.row_sqnorm(), norm, scale, floor, CANCELLED, out, width, rank,
+        W, Bs, As, cross, As @ As.mT, base.row_sqnorm(), square, scale, CANCELLED, out, width, rank,
         *W.stride(), *Bs.stride(), *As.stride(), *cross.stride(), O=ROWS, R=cover(rank, RANKS), N=WIDTH,
     )  # fmt: skip
-    return norm
+    return square.clamp_min_(0.0).sqrt_().clamp_min_(floor)  # by torch's root, so that a change of zero leaves the norm's bits
 
 
 @triton.jit
@@ -96,7 +96,9 @@ def apply_gain(u: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _pull(G, Y, gain, P, dot, total, tokens, out, share, gt, gn, yt, yn, pt, pn, SUMS: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+def _pull(
+    G, Y, gain, P, dot, total, tokens, out, share, gt, gn, yt, yn, pt, pn, SUMS: tl.constexpr, T: tl.constexpr, N: tl.constexpr
+):
     n, part = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     here = n[None, :] < out
     factor = tl.load(gain + n, n < out, 0.0)[None, :]
