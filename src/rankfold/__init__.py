@@ -31,6 +31,9 @@ _HOME = {
     "method": "training.method",
     "methods": "training.method",
     "normal_form": "training.saving",
+    "quantise": "core.bases.quantise",
+    "record_source": "training.prints",
+    "shard": "core.sharding",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -49,6 +52,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter, Entry
+    from .core.bases.quantise import quantise
+    from .core.sharding import shard
     from .core.site import SITE_KINDS, Site
     from .core.targets import Targets
     from .jobs.bank import Bank
@@ -56,5 +61,5 @@ if TYPE_CHECKING:
     from .training.adaptation import Adaptation, adapt, adaptation
     from .training.explain import explain
     from .training.method import Method, method, methods
-    from .training.prints import fingerprint
+    from .training.prints import fingerprint, record_source
     from .training.saving import normal_form

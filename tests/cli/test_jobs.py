@@ -52,7 +52,7 @@ def test_a_dry_run_writes_nothing(command, data):
         (["--set", "init.iteratons=4"], "options of this method: structure:lora has rank"),
         (["--targets", "re:(", "--regex"], "no regular expression"),
         (["--targets", "re:q.*"], "regex=True"),
-        (["--extras", "clasifier"], "unknown module for extras 'clasifier'; nearest: m"),
+        (["--extras", "clasifier"], "unknown module or parameter for extras 'clasifier'; nearest: "),
         (["--method", "magnitude+mixture"], "magnitude"),
         (["--method", "vera+init:pissa"], "pissa"),
         (["--rank", "1000"], "larger than the matrix"),

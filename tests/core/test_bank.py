@@ -355,7 +355,7 @@ def test_refusals() -> None:
         bank.remove("a")
     with pytest.raises(OptionError, match="whole tensors"):
         bank.add("head", rf.Adapter.of([], {"head.weight": torch.ones(1)}))
-    with pytest.raises(TargetError, match="matches none of the 0 sites"):
+    with pytest.raises(TargetError, match="0: a bank serves linear layers and embeddings; here a convolution"):
         rf.Bank(nn.Sequential(nn.Conv2d(2, 3, 3)), targets="0")
     rf.adapt(base, "lora", rank=1)
     with pytest.raises(LayoutError, match=r"default is switched on.*adaptation.use\(\)"):

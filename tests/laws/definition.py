@@ -20,12 +20,30 @@ from rankfold.linalg import Dense
 
 from .models import Case
 
-__all__ = ["Definition", "double"]
+__all__ = ["Definition", "as_map", "double"]
+
+
+AS_IS = (nn.Linear, nn.MultiheadAttention)
+"""Modules that store [out, in]."""
 
 
 def double(module: nn.Module) -> nn.Module:
     """The module in float64; what was tied stays tied."""
     return module.double()
+
+
+def as_map(module: nn.Module, stored: Tensor) -> Tensor:
+    """The stored weight as [out, in], or as a stack of such maps: groups of a convolution, experts."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return stored.flatten(1) if module.groups == 1 else stored.reshape(module.groups, -1, stored[0].numel())
+    return stored if isinstance(module, AS_IS) or stored.ndim == 3 else stored.mT
+
+
+def as_stored(module: nn.Module, W: Tensor, stored: Tensor) -> Tensor:
+    """The way back."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return W.reshape(stored.shape)
+    return W if isinstance(module, AS_IS) or stored.ndim == 3 else W.mT
 
 
 class Definition:
@@ -79,32 +97,34 @@ class Definition:
     def weights(self) -> dict[str, Tensor]:
         """{parameter: its value under the adapters}, in the layout of its storage."""
         values: dict[str, Tensor] = {}
-        for path, slots in self.slots().items():
-            module = self.model.get_submodule(path)
+        for slots in self.slots().values():
+            site = slots[0][0].site
+            module = self.model.get_submodule(site.module)
             if any(slot.base is None or trait(slot.structure, "input_dependent") for slot, _ in slots):
                 continue
-            stored = module.weight.detach()
-            W = stored if isinstance(module, nn.Linear) else stored.mT
+            stored = self.model.get_parameter(site.weight).detach()
+            W = as_map(module, stored)
             whole = W
             for slot, weight in slots:
-                rows = slice(*(slot.site.rows or (0, W.shape[0])))
+                rows = slice(*(slot.site.rows or (0, W.shape[-2])))
                 change = torch.zeros_like(W)
-                change[rows] = weight * (self.changed(slot, W[rows]) - W[rows])
+                change[..., rows, :] = weight * (self.changed(slot, W[..., rows, :]) - W[..., rows, :])
                 whole = whole + change
-            values[f"{path}.weight"] = whole if isinstance(module, nn.Linear) else whole.mT
+            values[site.weight] = as_stored(module, whole, stored)
         for name in self.adaptation.active:
             for extra in self.store.members[name].extras.values():
                 for path, module in self.model.named_modules():  # a tied parameter is replaced in every module that has it
                     owner = self.model.get_submodule(extra.module)._parameters[extra.param]
-                    values |= {
-                        f"{path}.{n}" if path else n: self.leaves[extra.key] for n, p in module._parameters.items() if p is owner
-                    }
+                    whole = self.leaves[extra.key]
+                    if extra.rows is not None:
+                        whole = owner.detach().index_put((torch.tensor(extra.rows),), whole)
+                    values |= {f"{path}.{n}" if path else n: whole for n, p in module._parameters.items() if p is owner}
         return values
 
     def __call__(self, x: Tensor) -> Tensor:
         handles = []
-        for path, slots in self.slots().items():
-            module = self.model.get_submodule(path)
+        for slots in self.slots().values():
+            module = self.model.get_submodule(slots[0][0].site.module)
             if any(trait(slot.structure, "input_dependent") for slot, _ in slots):
                 handles.append(module.register_forward_hook(lambda m, args, y, slots=slots: self._by_token(m, slots, args[0])))
             elif slots[0][0].base is None:
@@ -122,8 +142,10 @@ class Definition:
 
     def _by_token(self, module: nn.Module, slots: list[tuple[Slot, float | Tensor]], x: Tensor) -> Tensor:
         """A change that differs from token to token, one token after the other."""
-        stored = module.weight.detach()
-        W = stored if isinstance(module, nn.Linear) else stored.mT
+        W = as_map(module, module.weight.detach())
+        if isinstance(module, nn.Conv2d):  # a token is a patch
+            like = torch.nn.functional.conv2d(x, module.weight, None, module.stride, module.padding, module.dilation)
+            x = torch.nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
         flat = x.reshape(-1, x.shape[-1])
         rows_out = []
         for token in flat:
@@ -139,7 +161,8 @@ class Definition:
             rows_out.append(y)
         y = torch.stack(rows_out).reshape(*x.shape[:-1], W.shape[0]) if rows_out else x @ W.mT
         bias = getattr(module, "bias", None)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y.mT.reshape(like.shape) if isinstance(module, nn.Conv2d) else y
 
 
 def gradients(y: Tensor, probe: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

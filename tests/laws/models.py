@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import rankfold as rf
@@ -55,6 +57,68 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.tanh(self.embed(ids))
+
+
+class Convolution(nn.Module):
+    """Two convolutions of images: the maps [6, 18], strided and padded, and [4, 24], dilated, without bias."""
+
+    targets = ("first", "second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.Conv2d(6, 4, 2, dilation=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Grouped(Convolution):
+    """The same with two groups each: stacks of two maps, [4, 18] and [4, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(8, 8, (1, 2), groups=2, bias=False)
+
+
+class Experts(nn.Module):
+    """Mixtral's three experts under a router of fixed taste: stacks of three maps, [12, 8] and [8, 6]."""
+
+    targets = ("experts.gate_up_proj", "experts.down_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
+        config._experts_implementation = "eager"
+        self.experts = MixtralExperts(config)
+        for weight in self.experts.parameters():
+            nn.init.normal_(weight, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        index = torch.arange(len(flat))[:, None] % torch.tensor([3, 2])  # the first choice goes round, the second leaves one out
+        index[:, 1] = (index[:, 0] + 1 + index[:, 1]) % 3
+        weights = torch.tensor([0.7, 0.3], dtype=x.dtype).expand(len(flat), 2)
+        return self.experts(flat, index, weights).view(x.shape)
+
+
+class Multihead(nn.Module):
+    """Self-attention with its projections in one weight, [24, 8] with bias, and cross-attention with three of their own.
+
+    One head each, with its weights and a bias, tokens first: else torch picks among kernels by what requires a gradient, and each
+    rounds in its own way (tests/core/test_multihead_sites.py tries those).
+    """
+
+    targets = ("both.in_proj_weight", "both.out_proj", "cross.k_proj_weight", "cross.out_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.MultiheadAttention(8, 1)
+        self.cross = nn.MultiheadAttention(6, 1, kdim=8, vdim=8)
+        self.narrow = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.both(x, x, x)[0]
+        return self.cross(self.narrow(h), h, x)[0]
 
 
 class Rows(nn.Module):
@@ -115,6 +179,10 @@ MODELS: dict[str, type[nn.Module]] = {
     "linear": Linear,
     "conv1d": Transposed,
     "embedding": Embedding,
+    "convolution": Convolution,
+    "grouped": Grouped,
+    "experts": Experts,
+    "multihead": Multihead,
     "rows": Rows,
     "tied": Tied,
     BLOCK: Blocks,
@@ -123,7 +191,10 @@ MODELS: dict[str, type[nn.Module]] = {
 
 @dataclass
 class Case:
-    """A model, the sites to adapt, and a batch [3, 5, in] or [3, 5] of tokens. `pristine()` is the model as it was made."""
+    """A model, the sites to adapt, and a batch [3, 5, in], [3, 5] of tokens, or [3, C, 6, 5] of images.
+
+    `pristine()` is the model as it was made.
+    """
 
     kind: str
     model: nn.Module
@@ -161,6 +232,8 @@ def tiny(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
         original = MODELS[kind]().double()
         if kind in ("embedding", "tied"):
             batch = torch.randint(VOCABULARY, (3, 5))
+        elif kind in ("convolution", "grouped"):
+            batch = torch.randn(3, 2 if kind == "convolution" else 4, 6, 5, dtype=torch.float64).to(dtype)
         else:
             batch = torch.randn(3, 5, 6 if kind == BLOCK else 8, dtype=torch.float64).to(dtype)
     original = original.to(dtype).eval()

@@ -26,6 +26,8 @@ from .models import BLOCK, KINDS, Case
 __all__ = ["adapt", "cells", "decorators", "home", "plain_structures", "refused_by", "shake", "small", "subjects", "train"]
 
 SMALL = 2
+STACKS = ("grouped", "experts")
+"""Kinds whose sites are several maps, each with an input of its own."""
 
 
 def small(text: str, **options: object) -> Method:
@@ -106,7 +108,11 @@ def refused_by(method: Method, kind: str) -> str | None:
         if kinds is not None and kind not in kinds:
             return "kinds"
         return next((t for t in ("acts_on_input", "input_dependent", "stochastic") if trait(method.structure, t)), None)
-    actual = {"rows": "linear", "tied": "linear"}.get(kind, kind)
+    if kind in STACKS and trait(method.structure, "input_dependent"):
+        return "input_dependent"
+    if kind == "multihead" and (kinds is None or kind in kinds):
+        return next((t for t in ("input_dependent", "stochastic") if trait(method.structure, t)), None)
+    actual = {"rows": "linear", "tied": "linear", "grouped": "convolution"}.get(kind, kind)
     return "kinds" if kinds is not None and actual not in kinds else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 
@@ -29,7 +30,8 @@ def declared(a):
         for name, spec in slot.structure.tensors(slot.site).items():
             owner = {"model": "model", "group": f"group {slot.site.group or slot.site.name}"}.get(spec.scope, slot.site.key)
             if spec.scope != "emitted":
-                requests.setdefault((owner, name), []).append(spec)
+                shape = (slot.site.batch, *spec.shape) if slot.site.batch and spec.scope == "site" else spec.shape
+                requests.setdefault((owner, name), []).append(dataclasses.replace(spec, shape=shape))
     sizes = {}
     for key, specs in requests.items():
         shapes = [s.shape for s in specs]
@@ -176,7 +178,7 @@ def trains_the_frozen(monkeypatch):
 def keeps_casts(monkeypatch):
     """A low-rank path in plain autograd, which keeps bf16 copies of its factors and every intermediate."""
 
-    def lowrank_linear(x, base, bias, B, A, scale=1.0, B0=None, A0=None, p=None):
+    def lowrank_linear(x, base, bias, B, A, scale=1.0, B0=None, A0=None, drop=None, path=None):
         y = base.matmul(x, bias)
         return (y * 1.0) * torch.ones_like(y) + scale * ((x @ A.to(x.dtype).mT) @ B.to(x.dtype).mT)
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import rankfold as rf
 from rankfold.core import base as base_module
 from rankfold.core import folding, host, planner
+from rankfold.core.kinds import convolution, experts
 from rankfold.core.kinds import kind as kind_module
 from rankfold.core.structure import trait
 from rankfold.errors import CompositionError, LayoutError
@@ -456,6 +457,35 @@ def differentiates_twice(monkeypatch):
     monkeypatch.setattr(lowrank._LowRankLinear, "backward", staticmethod(lowrank._LowRankLinear.backward.__wrapped__))
 
 
+def forgets_the_dilation(monkeypatch):
+    native = convolution.Convolving.product
+    narrow = lambda how: dataclasses.replace(how, dilation=(1,) * len(how.kernel))
+
+    def product(self, x, W, bias=None):
+        rows, columns = native(self, x, W).shape[-2:]
+        return native(narrow(self), x, W, bias)[..., :rows, :columns]
+
+    monkeypatch.setattr(convolution.Convolving, "product", product)
+
+
+def swaps_the_groups(monkeypatch):
+    native = convolution.Convolving.product
+    turn = lambda how, W: W.flip(0) if W.ndim == 3 and how.after == how else W
+    monkeypatch.setattr(convolution.Convolving, "product", lambda self, x, W, bias=None: native(self, x, turn(self, W), bias))
+
+
+def asks_another_expert(monkeypatch):
+    native = experts.Routed.product
+    monkeypatch.setattr(
+        experts.Routed, "product", lambda self, x, W, bias=None: native(self, x, W.roll(1, 0) if W.shape[-2] == 2 else W, bias)
+    )
+
+
+def gradients_of_another_expert(monkeypatch):
+    native = experts.Routed.weight_gradient
+    monkeypatch.setattr(experts.Routed, "weight_gradient", lambda self, g, x: native(self, g, x).roll(1, 0))
+
+
 lora = "lora"
 with_scale = {"rank": 2, "alpha": 3.0}
 MUTANTS = [
@@ -466,6 +496,11 @@ MUTANTS = [
     (drops_the_bias, lambda: check_definition(lora, "linear")),
     (drops_the_bias, lambda: check_definition(lora, "conv1d")),
     (drops_the_offset, lambda: check_definition("lora+init:pissa", "linear")),
+    (forgets_the_dilation, lambda: check_definition(lora, "convolution")),
+    (swaps_the_groups, lambda: check_definition(lora, "grouped")),
+    (asks_another_expert, lambda: check_definition(lora, "experts")),
+    (gradients_of_another_expert, lambda: check_definition(lora, "experts")),
+    (gradients_of_another_expert, lambda: check_definition("hira", "experts")),
     (reads_other_rows, lambda: check_definition(lora, "rows")),
     (biases_of_other_rows, lambda: check_definition(lora, "rows")),
     (folds_the_base, lambda: check_definition(lora, "linear")),

@@ -11,7 +11,7 @@ from rankfold.errors import CompositionError
 from rankfold.training import saving
 
 from .checks import Checks
-from .definition import Definition
+from .definition import Definition, as_map
 from .models import BLOCK, tiny
 from .subjects import adapt, cells, refused_by, refuses, shake, small, subjects
 
@@ -22,7 +22,7 @@ EXACT = {"lora", "miss", "vera", "hra", "gate", "dropout", "magnitude"}
 def rebuilt(entry, W):
     """W' by what another tool does with the entry: W + s·B A, its rows set to the magnitude where there is one."""
     V = W + entry.scale * entry.B.double() @ entry.A.double()
-    return V if entry.magnitude is None else (entry.magnitude.double() / V.norm(dim=1))[:, None] * V
+    return V if entry.magnitude is None else (entry.magnitude.double() / V.norm(dim=-1))[..., None] * V
 
 
 def check_export(method, kind, rank=None):
@@ -45,16 +45,17 @@ def check_export(method, kind, rank=None):
         check.that(len(adapter.entries) == len(a.slots()), f"{len(adapter.entries)} entries for {len(a.slots())} sites")
         check.that(set(errors) == {s.site.key for s in a.slots()}, f"errors of {sorted(errors)}")
         for entry, slot in zip(adapter.entries.values() if isinstance(adapter.entries, dict) else adapter.entries, a.slots()):
-            stored = definition.model.get_submodule(slot.site.name).weight.detach()
-            linear = slot.site.kind == "linear"
-            W, W1 = (t if linear else t.mT for t in (stored, weights[f"{slot.site.name}.weight"].detach()))
-            rows = slice(*(slot.site.rows or (0, W.shape[0])))
-            W, W1 = W[rows], W1[rows]
+            module = definition.model.get_submodule(slot.site.module)
+            stored = definition.model.get_parameter(slot.site.weight).detach()
+            W, W1 = (as_map(module, t) for t in (stored, weights[slot.site.weight].detach()))
+            rows = slice(*(slot.site.rows or (0, W.shape[-2])))
+            W, W1 = W[..., rows, :], W1[..., rows, :]
             B, A = entry.B, entry.A
             check.that(
-                (B.shape[0], A.shape[1]) == tuple(slot.site.shape), f"{slot.site.key}: factors {tuple(B.shape)}, {tuple(A.shape)}"
+                (B.shape[-2], A.shape[-1]) == tuple(slot.site.shape),
+                f"{slot.site.key}: factors {tuple(B.shape)}, {tuple(A.shape)}",
             )
-            check.that(rank is None or A.shape[0] <= rank, f"{slot.site.key}: rank {A.shape[0]}, asked for {rank}")
+            check.that(rank is None or A.shape[-2] <= rank, f"{slot.site.key}: rank {A.shape[-2]}, asked for {rank}")
             measured = float((rebuilt(entry, W) - W1).norm() / (W1 - W).norm())
             said = errors[slot.site.key]
             if entry.magnitude is None:

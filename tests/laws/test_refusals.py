@@ -18,7 +18,7 @@ from rankfold.core import attaching, folding
 from rankfold.core.host import fold_weight, site_program
 from rankfold.core.kinds import linear
 from rankfold.core.structure import Offset, Stack
-from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError
+from rankfold.errors import CompositionError, LayoutError, OptionError, TargetError
 from rankfold.training import method as method_module
 
 from .checks import Checks
@@ -319,8 +319,8 @@ def test_a_module_with_a_forward_of_its_own(monkeypatch):
         check.that(not torch.allclose(model(x), y), "the function is the base's after all")
 
 
-def test_a_weight_that_attention_reads_for_itself(monkeypatch):
-    """nn.MultiheadAttention never calls its output projection. Forced, law 6 says so in the first forward pass."""
+def test_dropout_where_the_library_multiplies(monkeypatch):
+    """nn.MultiheadAttention takes one W'. Forced, law 3: one mask for all tokens, where each should draw its own."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -328,15 +328,17 @@ def test_a_weight_that_attention_reads_for_itself(monkeypatch):
             self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
         def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0]
+            return self.attention(x, x, x)[0]
 
-    model = Model()
-    with pytest.raises(TargetError, match="without calling"):
-        rf.adapt(model, "lora", rank=2, targets=["attention.out_proj"])
-    monkeypatch.setattr(attaching, "_place_refusal", lambda modules, site: None)
-    rf.adapt(model, "lora", rank=2, targets=["attention.out_proj"])
-    with pytest.raises(InactiveError, match=r"attention\.out_proj"):
-        model(torch.randn(2, 3, 8))
+    model, x = Model(), torch.ones(1, 6, 8)
+    with pytest.raises(TargetError, match="on one weight"):
+        rf.adapt(model, "dropout+lora", rank=2, targets=["out_proj"])
+    monkeypatch.setattr(attaching, "_kind_refusal", lambda structure, site: None)
+    a = rf.adapt(model, "dropout+lora", rank=2, targets=["out_proj"], p=0.5)
+    shake(a)
+    with Checks("law 3 breaks") as check:
+        y = model.train()(x)[0]
+        check.that(torch.allclose(y, y[:1].expand(6, 8)), "equal tokens had masks of their own after all")
 
 
 def test_shapes_that_do_not_join():

@@ -486,3 +486,21 @@ def test_nan_does_not_pass_a_truncation():
 
     with pytest.raises(NumericError):
         Dense(torch.full((3, 4), torch.nan)).to_lowrank(1)
+
+
+def test_a_sparse_stack_has_positions_of_its_own_for_each_map():
+    index = torch.tensor([[1, 4, 9], [0, 13, 23]])
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    values, x, g = draw(2, 3), draw(2, 5, 6), draw(2, 5, 4)
+    op = Sparse(values, index, 4, 6)
+    whole = torch.zeros(2, 24, dtype=values.dtype)
+    for e in range(2):
+        whole[e, index[e]] = values[e]
+    whole = whole.view(2, 4, 6)
+    W = draw(2, 4, 6)
+    torch.testing.assert_close(op.dense(), whole)
+    torch.testing.assert_close(op.add_to(W), W + whole)
+    torch.testing.assert_close(op.matmul(x), x @ whole.mT)
+    torch.testing.assert_close(op.rmatmul(g), g @ whole)
+    torch.testing.assert_close(op.row_sqnorm(), whole.square().sum(-1))

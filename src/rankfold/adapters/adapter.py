@@ -6,7 +6,7 @@ This is the normal form: what tools exchange, and what can be added, compared an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from rankfold.linalg import Diagonal, LowRank, Magnitude, Operator
 
 __all__ = ["KINDS", "Adapter", "Entry"]
 
-KINDS = ("linear", "conv1d", "embedding")
+KINDS = ("linear", "conv1d", "embedding", "convolution", "experts", "experts-transposed", "multihead")
+STACKED = ("convolution", "experts", "experts-transposed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +26,17 @@ class Entry:
     """The change of one weight: W' = W + scale · B A, its rows then rescaled if a magnitude or a gain is given.
 
     Args:
-        name: path of the module.
-        B: [out, r].
+        name: path of the module; of the parameter for experts and multi-head attention, whose modules hold several.
+        B: [out, r]; [k, out, r] for a stack of k maps (experts, groups of a convolution), and everything below likewise.
         A: [r, in]; (out, in) is the shape of the map, whatever the storage.
         scale: kept apart from the factors, so that their bytes stay as they were trained.
-        kind: linear, conv1d (weight stored as [in, out]) or embedding ([vocab, dim]; the map is [dim, vocab]).
+        kind: linear, conv1d (weight stored as [in, out]), embedding ([vocab, dim]; the map is [dim, vocab]), convolution (`in`
+            counts the entries of a patch), experts or experts-transposed ([k, in, out]).
         rows: half-open range of output rows, where this is a slice of a fused weight.
         total_rows: rows of the whole weight, needed to write a slice in a format that knows none.
         magnitude: [out], the lengths of the rows of W' (Liu et al., "DoRA", 2024).
         gain: [out], factors of the rows instead of lengths: W' = diag(gain)(W + scale · B A).
+        kernel: of a convolution, so that A can be written as one.
 
     Raises:
         OptionError: shapes that don't fit, an unknown kind, or both a magnitude and a gain.
@@ -52,20 +55,23 @@ class Entry:
     total_rows: int | None = None
     magnitude: Tensor | None = None
     gain: Tensor | None = None
+    kernel: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise OptionError(f"{self.name}: kind {self.kind!r}; an adapter in normal form holds {', '.join(KINDS)}")
-        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+        stacked = self.kind in STACKED and self.B.ndim == 3
+        fit = self.B.ndim == self.A.ndim == (3 if stacked else 2) and self.B.shape[:-2] == self.A.shape[:-2]
+        if not fit or self.B.shape[-1] != self.A.shape[-2]:
             raise OptionError(f"{self.name}: B {list(self.B.shape)} and A {list(self.A.shape)} are not [out, r] and [r, in]")
         for label, v in (("magnitude", self.magnitude), ("gain", self.gain)):
-            if v is not None and v.shape != (self.B.shape[0],):
+            if v is not None and v.shape != self.B.shape[:-1]:
                 raise OptionError(
                     f"{self.name}: {label} {list(v.shape)} beside B {list(self.B.shape)}; it must hold one number per row"
                 )
         if self.magnitude is not None and self.gain is not None:
             raise OptionError(f"{self.name}: rows are rescaled by a magnitude or by a gain, not by both")
-        if self.rows is not None and self.rows[1] - self.rows[0] != self.B.shape[0]:
+        if self.rows is not None and self.rows[1] - self.rows[0] != self.B.shape[-2]:
             raise OptionError(f"{self.name}: rows {self.rows} beside B {list(self.B.shape)}")
 
     @property
@@ -76,11 +82,16 @@ class Entry:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return (self.B.shape[0], self.A.shape[1])
+        return (self.B.shape[-2], self.A.shape[-1])
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def batch(self) -> int | None:
+        """Number of maps in a stack; None for one plain map."""
+        return self.B.shape[0] if self.B.ndim == 3 else None
 
     @property
     def additive(self) -> bool:
@@ -152,7 +163,7 @@ class Adapter:
             return None if t is None else t.to(device=device, dtype=dtype)
 
         entries = {
-            k: Entry(e.name, move(e.B), move(e.A), e.scale, e.kind, e.rows, e.total_rows, move(e.magnitude), move(e.gain))
+            k: replace(e, B=move(e.B), A=move(e.A), magnitude=move(e.magnitude), gain=move(e.gain))
             for k, e in self.entries.items()
         }
         return Adapter(entries, {k: move(t) for k, t in self.extras.items()}, self.metadata)

@@ -87,7 +87,7 @@ def concat(entries: Sequence[Entry], weights: Sequence[float] | None = None) -> 
         raise OptionError(f"concat: {len(entries)} entries and {len(weights)} weights")
     first = entries[0]
     for e in entries:
-        if (e.key, e.shape, e.kind) != (first.key, first.shape, first.kind):
+        if (e.key, e.shape, e.kind, e.batch) != (first.key, first.shape, first.kind, first.batch):
             raise CompositionError(
                 f"concat: {first.key} {first.shape} ({first.kind}) and {e.key} {e.shape} ({e.kind}) are not one site"
             )
@@ -99,7 +99,7 @@ def concat(entries: Sequence[Entry], weights: Sequence[float] | None = None) -> 
         pairs, number = [(e.B, e.A) for e in entries], numbers.pop()
     else:
         pairs, number = [_absorbed(e, w) for e, w in zip(entries, weights)], 1.0
-    return replace(first, B=torch.cat([B for B, _ in pairs], 1), A=torch.cat([A for _, A in pairs], 0), scale=number)
+    return replace(first, B=torch.cat([B for B, _ in pairs], -1), A=torch.cat([A for _, A in pairs], -2), scale=number)
 
 
 def add(*adapters: Adapter, weights: Sequence[float] | None = None, extras: Extras = "refuse") -> Adapter:
@@ -194,16 +194,17 @@ def truncate(adapter: Adapter, rank: int | None = None, energy: float | None = N
     entries, errors = {}, {}
     for key, e in adapter.entries.items():
         U, S, Vh = product_svd(e.B.double() * e.scale, e.A.double())
-        power = S.square().cumsum(0)
-        total = float(power[-1]) if len(S) else 0.0
-        kept = len(S) if energy is None else int((power < energy * total * (1 - 1e-12)).sum()) + 1
+        power = S.square().reshape(-1, S.shape[-1]).sum(0).cumsum(0)  # a stack of maps has one rank
+        total = float(power[-1]) if len(power) else 0.0
+        full = S.shape[-1]
+        kept = full if energy is None else int((power < energy * total * (1 - 1e-12)).sum()) + 1
         if total == 0.0:
             kept = 0
-        kept = min(kept, len(S)) if rank is None else min(kept, rank, len(S))
-        B, A = split(U[:, :kept], S[:kept], Vh[:kept])
+        kept = min(kept, full) if rank is None else min(kept, rank, full)
+        B, A = split(U[..., :kept], S[..., :kept], Vh[..., :kept, :])
         dtype = torch.promote_types(torch.promote_types(e.B.dtype, e.A.dtype), torch.float32)
         entries[key] = replace(e, B=B.to(dtype), A=A.to(dtype), scale=1.0)
-        errors[key] = math.sqrt(float(S[kept:].square().sum()) / total) if total else 0.0
+        errors[key] = math.sqrt(float(S[..., kept:].square().sum()) / total) if total else 0.0
     return Adapter(entries, adapter.extras, adapter.metadata), errors
 
 
@@ -218,11 +219,11 @@ def inner(a: Adapter, b: Adapter) -> float:
     total = 0.0
     for key in a.entries.keys() & b.entries.keys():
         x, y = a.entries[key], b.entries[key]
-        if x.shape != y.shape:
+        if (x.shape, x.batch) != (y.shape, y.batch):
             raise CompositionError(
                 f"inner: {key} is {x.shape} in one adapter and {y.shape} in the other; they belong to different bases"
             )
-        left, right = x.B.double().T @ y.B.double(), x.A.double() @ y.A.double().T
+        left, right = x.B.double().mT @ y.B.double(), x.A.double() @ y.A.double().mT
         total += x.scale * y.scale * float((left * right).sum())
     return total
 

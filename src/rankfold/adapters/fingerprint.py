@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,11 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rankfold.linalg.sharded import whole
+
 __all__ = ["NEAR", "Comparison", "Fingerprint", "TensorPrint", "compare", "fingerprint"]
 
 HASHED = 4096  # entries of a tensor that enter its hash
 SAMPLED = 64  # entries that are kept as numbers
-NEAR = 0.25  # relative distance of a quantised copy: int8 is near 0.01, 4 bits near 0.1, unrelated weights near 1.4
+NEAR = 0.25  # relative distance of a copy in 4 bits, which is near 0.1; of unrelated weights, 1.4
+NEARER = {"int8": 0.1, "float8": 0.1}  # int8 is near 0.01, with rows of outliers near 0.05
 
 # half the distance between neighbours, relative: what rounding to that dtype can change
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -76,7 +80,8 @@ def fingerprint(tensors: Mapping[str, Tensor], storage: str | None = None) -> Fi
     """The fingerprint of weights given by name: 4096 entries of each at equal steps, hashed as float64.
 
     Args:
-        tensors: name -> weight, of any shape; a quantised base gives its dequantised values.
+        tensors: name -> weight, of any shape; a quantised base gives its dequantised values. One that is cut over processes is
+            gathered: each process must take part.
         storage: name of the format that they come from ("nf4", "int8"); None means each tensor's own dtype.
 
     >>> W = torch.arange(6.0).view(2, 3)
@@ -84,7 +89,8 @@ def fingerprint(tensors: Mapping[str, Tensor], storage: str | None = None) -> Fi
     (True, False)
     """
     prints = {}
-    for name, t in tensors.items():
+    for name, stored in tensors.items():
+        t = whole(stored)
         digest = hashlib.sha256(json.dumps(list(t.shape)).encode() + _strided(t, HASHED).numpy().astype("<f8").tobytes())
         label = storage or str(t.dtype).removeprefix("torch.")
         prints[name] = TensorPrint(tuple(t.shape), label, digest.hexdigest(), _strided(t, SAMPLED).float())
@@ -108,8 +114,9 @@ def compare(source: Fingerprint, other: Fingerprint) -> Comparison:
     """Whether `other` holds the weights of `source`; only names in `source` are looked at.
 
     "same": every hash agrees. "same source, other storage": between float formats, every sampled entry differs by no more than
-    the rounding of the coarser format; from or to a quantised format, the samples lie within a relative distance of 0.25.
-    Anything else is "different": a fine-tuned copy changes small entries by more than rounding does.
+    the rounding of the coarser format; from or to a quantised format, the hashes of the source agree, or else the samples lie
+    within a relative distance of 0.1 (8 bits) or 0.25 (4 bits). Anything else is "different": a fine-tuned copy changes small
+    entries by more than rounding does. (A change below the rounding of a quantised format can't be told from it by the samples.)
 
     >>> W = torch.linspace(-1, 1, 600).view(20, 30)
     >>> a = fingerprint({"w": W})
@@ -125,13 +132,13 @@ def compare(source: Fingerprint, other: Fingerprint) -> Comparison:
             return Comparison(
                 "different", float("inf"), name, f"{name} is {list(a.shape)} in one and {list(b.shape)} in the other"
             )
-        if a.hash == b.hash:
+        if a.hash == b.hash and torch.equal(a.sample, b.sample):
             continue
         same = False
         d = _distance(a.sample, b.sample)
         if worst is None or d > distance:
             distance, worst = d, name
-        if not _rounded(a, b):
+        if a.hash != b.hash and not _rounded(a, b):
             return Comparison(
                 "different", d, name, f"{name} differs by {d:.2g} of its size, more than {a.dtype} -> {b.dtype} explains"
             )
@@ -150,8 +157,9 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _rounded(a: TensorPrint, b: TensorPrint) -> bool:
     if a.sample.shape != b.sample.shape:
         return False
-    if a.dtype not in ROUNDING or b.dtype not in ROUNDING:
-        return _distance(a.sample, b.sample) <= NEAR
+    bounds = [NEARER.get(p.dtype, NEAR) for p in (a, b) if p.dtype not in ROUNDING]
+    if bounds:
+        return _distance(a.sample, b.sample) <= math.hypot(*bounds)
     if a.dtype == b.dtype:  # one format, other numbers
         return False
     x, y = a.sample.double(), b.sample.double()

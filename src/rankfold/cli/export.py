@@ -9,21 +9,23 @@ from .screen import console, table
 
 __all__ = ["export"]
 
-FORMATS = ("peft", "folded", "serving")
+FORMATS = ("peft", "folded", "serving", "kohya", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="Folder of the adapter (rankfold or peft).")],
-    to: Annotated[str, typer.Option(help="peft, folded (the whole model) or serving.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder of the adapter (rankfold, peft), or a file of kohya, LyCORIS or diffusers.")
+    ],
+    to: Annotated[str, typer.Option(help="peft, folded (the whole model), serving, kohya or gguf.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; for kohya and gguf also a .safetensors or .gguf file.")],
     model: Annotated[
         str | None, typer.Option(help="The adapter's base; the one that it was trained on by default.", show_default=False)
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Cut every change to this rank; the error is reported.", show_default=False)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"folded, serving: {', '.join(DTYPES)}.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"All but peft: {', '.join(DTYPES)}.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(help="Form of the model: embed, classify, lm.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Take a base with another fingerprint all the same.")] = False,
 ) -> None:
@@ -57,4 +59,4 @@ def _show(report: Any, path: Path) -> None:
     for note in report.notes:
         screen.print(f"note: {note}", soft_wrap=True)
     size = f"largest error {report.largest:.2e}, at {report.worst}" if inexact else "exact"
-    screen.print(f"{path} -> {report.path}   {report.to}, {len(report.errors)} sites: {size}", soft_wrap=True)
+    screen.print(f"{path} -> {report.path}   {report.to}, {len(report.errors)} sites, {report.dtype}: {size}", soft_wrap=True)

@@ -17,7 +17,10 @@ __all__ = ["inspect"]
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="Folder of an adapter (rankfold or peft), or a model: folder, built-in or hub name.")
+        str,
+        typer.Argument(
+            help="An adapter: folder, or file of kohya, LyCORIS, diffusers; or a model: folder, built-in or hub name."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="The adapter's base: changes that lean on it then have numbers too.", show_default=False)
@@ -43,7 +46,11 @@ def _look(path: str, model: str | None, task: str | None, force: bool) -> "Inspe
     from rankfold.jobs.models import load_model
 
     folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("adapter.json", "adapter_config.json")):
+    if (
+        folder.is_dir()
+        and not any((folder / name).exists() for name in ("adapter.json", "adapter_config.json"))
+        and ((folder / "config.json").exists() or not any(folder.glob("*.safetensors")))
+    ):
         if not (folder / "config.json").exists():
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise FileError(f"{path}: neither an adapter nor a model; it holds: {there}")

@@ -13,11 +13,13 @@ _HOME = {
     "Base": "base", "DenseBase": "base", "base_of": "base",
     "Context": "structure", "Decorator": "structure", "Offset": "structure", "SideModule": "structure", "Spec": "structure",
     "Stack": "structure", "StartContext": "structure", "Structure": "structure", "Tensors": "structure", "kaiming": "structure",
+    "TooLarge": "structure",
     "layers": "structure", "trait": "structure",
     "PLANS": "planner", "Program": "planner", "explain": "planner", "run": "planner",
     "Member": "store", "Slot": "store", "Store": "store", "Extra": "store", "store_of": "store",
     "Host": "host", "site_program": "host",
-    "attach": "attaching", "check_sites": "attaching", "add_extra": "attaching", "detach": "attaching", "specs_of": "attaching",
+    "attach": "attaching", "check_sites": "attaching", "detach": "attaching", "specs_of": "attaching",
+    "add_extra": "extras", "find_extras": "extras",
     "fold": "folding", "unfold": "folding", "folded_weights": "folding",
     "probe": "probing", "call_model": "probing", "CallWatch": "probing",
 }  # fmt: skip
@@ -31,9 +33,10 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from .attaching import add_extra, attach, check_sites, detach, specs_of
+    from .attaching import attach, check_sites, detach, specs_of
     from .base import Base, DenseBase, base_of
     from .blocks import find_blocks
+    from .extras import add_extra, find_extras
     from .folding import fold, folded_weights, unfold
     from .host import Host, site_program
     from .kinds import kind_named, kind_of
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
         StartContext,
         Structure,
         Tensors,
+        TooLarge,
         kaiming,
         layers,
         trait,

@@ -11,13 +11,15 @@ from rankfold.errors import CompositionError, LayoutError, TargetError, UnknownN
 from rankfold.linalg.random import Random
 
 from .base import Base, base_of
+from .bases import refusal as packed_refusal
 from .host import Host, host_module, release_module
 from .kinds import kind_named
+from .sharding import close
 from .site import Site
-from .store import Extra, Member, Slot, Store, store_of
-from .structure import ROLE_STARTS, SideModule, Spec, StartContext, Structure, trait
+from .store import Member, Slot, Store, store_of
+from .structure import ROLE_STARTS, SideModule, Spec, StartContext, Structure, TooLarge, trait
 
-__all__ = ["Fill", "add_extra", "attach", "check_sites", "detach", "specs_of"]
+__all__ = ["Fill", "attach", "check_sites", "detach", "specs_of"]
 
 Fill = Callable[[Site, Structure, Base, Mapping[str, Spec]], Mapping[str, Tensor]]
 """What the init axis gives: the start of a site's tensors by name; what it leaves out starts by its Spec's own law."""
@@ -49,7 +51,7 @@ def check_sites(
     good, dropped = [], []
     for site in sites:
         wrong = structure.fits(site)
-        if wrong and "larger than the matrix" in wrong:
+        if isinstance(wrong, TooLarge):
             raise TargetError(
                 f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
             )
@@ -69,7 +71,13 @@ def _kind_refusal(structure: Structure, site: Site) -> str | None:
     kinds = structure.core.kinds
     if kinds is not None and site.kind not in kinds:
         return f"{type(structure.core).__name__} is for {', '.join(sorted(kinds))}, not for {site.kind}"
-    if site.kind == "block" or not kind_named(site.kind).tokens:
+    if site.batch is not None and trait(structure, "input_dependent"):
+        return "a gate that looks at the input needs one input, and here each map of a stack has its own"
+    if site.kind == "block":
+        return None
+    if kind_named(site.kind).swapped and (trait(structure, "input_dependent") or trait(structure, "stochastic")):
+        return "a gate or dropout on the input can't act: the library's own forward runs here, on one weight"
+    if not kind_named(site.kind).tokens:
         return None
     if trait(structure, "acts_on_input"):
         return "a transform of the input makes no sense on a vocabulary"
@@ -81,10 +89,7 @@ def _kind_refusal(structure: Structure, site: Site) -> str | None:
 def _place_refusal(modules: Mapping[str, nn.Module], site: Site) -> str | None:
     if site.kind == "block":
         return None
-    parent = modules[site.name.rpartition(".")[0]]
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads this weight without calling the module"
-    return kind_named(site.kind).refusal(modules[site.module], site)
+    return kind_named(site.kind).refusal(modules[site.module], site) or packed_refusal(modules[site.module], site)
 
 
 def attach(
@@ -112,6 +117,7 @@ def attach(
         raise LayoutError(f"adapter {name!r} exists already; remove it, or give another name. Here: {', '.join(store.members)}")
     if store.is_folded:
         raise LayoutError("the model is folded; unfold before attaching another adapter")
+    close(model)
     if not store.members:
         _freeze(store)
     member = store.members[name] = Member(name, structures[sites[0].key])
@@ -131,14 +137,16 @@ def _place(
     bases: dict[str, Base] = {}
     for site in sites:
         side = isinstance(structures[site.key], SideModule)
-        bases[site.key] = _Nowhere(modules[site.module], site) if side else base_of(modules[site.module], site)
+        bases[site.key] = _Nowhere(modules[site.module], site) if side else _base(modules[site.module], site)
+    sites = [bases[site.key].site for site in sites]
     specs = {s.key: specs_of(structures[s.key], s) for s in sites}
     shared = _join(member, sites, specs)
     for site in sites:
-        values = dict(fill(site, structures[site.key], bases[site.key], specs[site.key])) if fill else {}
-        slot = _bind(store, member, site, structures[site.key], bases[site.key], specs[site.key], values, shared, seed)
+        W = bases[site.key].gather()  # of one site at a time
+        values = dict(fill(site, structures[site.key], W, specs[site.key])) if fill else {}
+        slot = _bind(store, member, site, structures[site.key], W, specs[site.key], values, shared, seed)
+        slot.base = bases[site.key]
         host = host_module(store, site.module, modules[site.module])
-        _leave_fast_path(modules, site)
         if isinstance(slot.structure, SideModule):
             slot.base = None
             host.sides.append(slot)
@@ -146,27 +154,12 @@ def _place(
             host.slots.setdefault(site.key, []).append(slot)
 
 
-def _leave_fast_path(modules: Mapping[str, nn.Module], site: Site) -> None:
-    """An encoder layer of torch's own reads its weights without calling them, unless some module inside has a hook: so it
-    gets one."""
-    path = site.module
-    while "." in path:
-        path = path.rpartition(".")[0]
-        layer = modules[path]
-        if isinstance(layer, nn.TransformerEncoderLayer) and _keep_slow not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_keep_slow)
-
-
-def _keep_slow(module: nn.Module, args: tuple) -> None:
-    return None
-
-
-def _return_to_fast_path(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and not any("_rankfold" in m.__dict__ for m in layer.modules()):
-            for key, hook in list(layer._forward_pre_hooks.items()):
-                if hook is _keep_slow:
-                    del layer._forward_pre_hooks[key]
+def _base(module: nn.Module, site: Site) -> Base:
+    """The base of a site, one object for all adapters there: its row norms are computed once, and a compiled forward can't tell
+    the adapters apart."""
+    host = module.__dict__.get("_rankfold")
+    there = host.slots.get(site.key, []) if host is not None else []
+    return next((slot.base for slot in there if slot.site == site), None) or base_of(module, site)
 
 
 class _Nowhere(Base):
@@ -274,39 +267,6 @@ def _freeze(store: Store) -> None:
             parameter.requires_grad_(False)
 
 
-def add_extra(store: Store, member: Member, module_name: str, param: str, alone: bool = False) -> Extra | None:
-    """Train a copy of one parameter beside the adapter (a head, a bias, a norm); None where the module has no such parameter.
-
-    Modules that share the parameter (a tied head) all get the copy: the tie stays. With `alone` they keep the base's, as other
-    tools have it. Asked for twice, by any of its names, it is the copy that is there.
-
-    Raises:
-        UnknownName: no such module.
-    """
-    modules = {n: m for n, m in store.model.named_modules() if n.partition(".")[0] != "rankfold"}
-    if module_name not in modules:
-        raise UnknownName.of("module", module_name, modules)
-    parameter = modules[module_name]._parameters.get(param)
-    if parameter is None:
-        return None
-    host = modules[module_name].__dict__.get("_rankfold")
-    there = [e.key for owner, e in host.extras if owner == member.name and e.param == param] if host is not None else []
-    if there:
-        return next(e for e in member.extras.values() if e.key == there[0])
-    key = f"{member.name}/extra/{module_name}.{param}"
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    store.put(key, parameter.detach().clone().to(dtype if parameter.is_floating_point() else parameter.dtype), True)
-    first = Extra(module_name, param, key, alone)
-    member.extras = dict(
-        sorted({**member.extras, first.name: first}.items())
-    )  # an order of its own, for optimizers after a restart
-    for path, module in {module_name: modules[module_name]}.items() if alone else modules.items():
-        for name, value in module._parameters.items():
-            if value is parameter:
-                host_module(store, path, module).extras.append((member.name, Extra(path, name, key, alone)))
-    return first
-
-
 def detach(model: nn.Module, name: str) -> None:
     """Take one adapter off: its tensors leave the store, modules without adapters get their class back, the last one
     unfreezes the base.
@@ -325,16 +285,14 @@ def detach(model: nn.Module, name: str) -> None:
     store.watchers = [w for w in store.watchers if w.member is not member]
     for key in member.owned():
         store.drop(key)
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # from the inside: a reader keeps its host while something in it has one
         host = module.__dict__.get("_rankfold")
         if not isinstance(host, Host):
             continue
         host.slots = {k: kept for k, v in host.slots.items() if (kept := [s for s in v if s.member is not member])}
         host.extras = [(n, e) for n, e in host.extras if n != name]
         host.sides = [s for s in host.sides if s.member is not member]
-        if host.empty:
-            release_module(module)
-    _return_to_fast_path(model)
+        release_module(module)
     if not store.members:
         for path, trained in store.trainable_before.items():
             _find(model, path).requires_grad_(trained)

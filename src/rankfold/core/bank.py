@@ -142,7 +142,7 @@ class PlainBank:
         start = 0
         for site in find_sites(self.model, targets):
             kind = kind_named(site.kind)
-            served = site.batch is None
+            served = kind.flat and site.batch is None
             reason = kind.refusal(modules[site.module], site) if served else f"a {site.kind} site runs in a way of its own"
             if reason is not None:
                 if targets.automatic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.linalg import Operator, at_least_float32, like
+from rankfold.linalg.sharded import is_cut, whole
 
-from .kinds import kind_named
+from .bases import is_packed, packed_base
+from .kinds import kind_named, weight_of
 from .site import Site
 
-__all__ = ["Base", "DenseBase", "base_of"]
+__all__ = ["Base", "DenseBase", "base_of", "stored_tensors"]
 
 CHUNK_BYTES = 256 << 20
 
@@ -33,14 +36,18 @@ class Base(Operator):
         return self.site.shape
 
     @property
+    def batch(self) -> tuple[int, ...]:
+        return () if self.site.batch is None else (self.site.batch,)
+
+    @property
     def dtype(self) -> torch.dtype:
         raise NotImplementedError
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
-    def gather(self) -> Operator:
-        """The whole weight, readable outside the forward pass on every process."""
+    def gather(self) -> Base:
+        """The whole weight, readable outside the forward pass. Where it is cut every process must read it; hold one at a time."""
         return self
 
     @property
@@ -56,6 +63,14 @@ class Base(Operator):
     def module_dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
+    def all_rows(self) -> Tensor:
+        """The whole stored weight as a map, a copy that may be written; where it is cut every process must ask."""
+        raise NotImplementedError
+
+    def restored(self, W: Tensor, stored: Tensor) -> Tensor:
+        """What folding puts in the place of the parameter `stored`: W' of the whole storage."""
+        raise NotImplementedError
+
     def trains(self) -> bool:
         """Whether somebody unfroze the stored weight: then only the plain plan is right."""
         return False
@@ -69,13 +84,11 @@ class DenseBase(Base):
     @property
     def stored(self) -> Tensor:
         """The tensor as it is stored, whatever its layout."""
-        weight = getattr(self.module, self.site.param)
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_of(self.module, self.site)
 
     @property
     def W(self) -> Tensor:
-        """[out, in], a view of the storage."""
+        """[out, in], or [batch, out, in]: the storage as a map."""
         W = kind_named(self.site.kind).view(self.stored, self.site)
         return W if self.site.rows is None else W[self.site.rows[0] : self.site.rows[1]]
 
@@ -91,6 +104,9 @@ class DenseBase(Base):
     def device(self) -> torch.device:
         return self.stored.device
 
+    def gather(self) -> Base:
+        return Gathered(self.module, self.site) if is_cut(self.stored) else self
+
     def leaves(self):
         yield self.W
 
@@ -100,6 +116,8 @@ class DenseBase(Base):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         W = self.W
+        if W.ndim > 2:  # a stack of maps, each beside its own x; biases are the kind's affair
+            return x @ like(W, x).mT
         if W.dtype != x.dtype and W.numel() * 4 > CHUNK_BYTES:  # a raised copy of a large weight is made piece by piece
             rows = max(1, CHUNK_BYTES // (4 * W.shape[1]))
             y = torch.cat([F.linear(x, like(part, x)) for part in W.split(rows)], -1)
@@ -112,28 +130,43 @@ class DenseBase(Base):
     def dense(self) -> Tensor:
         return at_least_float32(self.W)
 
+    def all_rows(self) -> Tensor:
+        return kind_named(self.site.kind).view(whole(self.stored), self.site).clone()
+
+    def restored(self, W: Tensor, stored: Tensor) -> Tensor:
+        return kind_named(self.site.kind).store(W, stored, self.site)
+
     def columns(self, index: Tensor) -> Tensor:
         if kind_named(self.site.kind).tokens and self.site.rows is None:
             padding: Any = self.module.padding_idx
             return F.embedding(index, self.stored, padding)
-        return self.W.mT[index]
+        return self.W.mT[..., index, :]
 
     def rows(self, index: Tensor) -> Tensor:
-        return at_least_float32(self.W[index])
+        return at_least_float32(self.W[..., index, :])
 
     def row_sqnorm(self) -> Tensor:
         """[out], computed once per version of the storage."""
+        if getattr(self.module, "_is_fsdp_managed_module", False):
+            return self._row_sqnorm()  # what is put into the module for a forward pass says nothing of a change of its pieces
         weight = self.stored
-        compiled = torch.compiler.is_compiling()  # a graph can ask neither for an address nor for a version
-        key = (weight.dtype, weight.device, *(() if compiled else (weight.data_ptr(), weight._version)))
+        if torch.compiler.is_compiling():  # a graph can ask neither for an address nor for a version
+            key: tuple = (weight.dtype, weight.device)
+            if known := [n for k, n in self.cache.items() if k[:2] == key]:
+                return known[0]
+        else:
+            key = (weight.dtype, weight.device, weight.data_ptr(), weight._version)
         if key not in self.cache:
-            with torch.no_grad():
-                W = self.W
-                rows = max(1, CHUNK_BYTES // (4 * W.shape[1]))
-                n = torch.cat([at_least_float32(part).square().sum(-1) for part in W.split(rows)])
+            n = self._row_sqnorm()
             self.cache.clear()
             self.cache[key] = n
         return self.cache[key]
+
+    @torch.no_grad()
+    def _row_sqnorm(self) -> Tensor:
+        W = self.W
+        rows = max(1, CHUNK_BYTES // (4 * W[0].numel()))
+        return torch.cat([at_least_float32(part).square().sum(-1) for part in W.split(rows)])
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.shape[0] * self.shape[1]
@@ -145,6 +178,37 @@ class DenseBase(Base):
         return self.stored.requires_grad
 
 
+@dataclass(frozen=True, eq=False)
+class Gathered(DenseBase):
+    """The whole of a weight that is cut over processes: gathered at its first use, and gone with this object."""
+
+    @cached_property
+    def stored(self) -> Tensor:
+        return whole(weight_of(self.module, self.site))
+
+    def gather(self) -> Base:
+        return self
+
+
 def base_of(module: nn.Module, site: Site) -> Base:
     """The base of a site, by the format in which the module stores its weight."""
-    return DenseBase(module, site)
+    return packed_base(module, site) or DenseBase(module, site)
+
+
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """What the model's own parameters consist of in memory: the packed tensors and scales of quantised ones.
+
+    >>> [tuple(t.shape) for t in stored_tensors(nn.Linear(3, 2))]
+    [(2, 3), (2,)]
+    """
+    found: list[Tensor] = []
+    for path, module in model.named_modules():
+        if path.partition(".")[0] == "rankfold":
+            continue
+        for name, parameter in module._parameters.items():
+            if name == "weight" and is_packed(module) and hasattr(module, "in_features"):
+                base: Any = packed_base(module, Site("", (int(module.out_features), int(module.in_features))))
+                found += base.storage()
+            elif parameter is not None:
+                found.append(parameter)
+    return list({id(t): t for t in found}.values())

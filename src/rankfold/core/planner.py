@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankfold.errors import LayoutError, OptionError
-from rankfold.kernels import lowrank_linear, magnitude_linear, row_norms
+from rankfold.kernels import lowrank_linear, magnitude_linear, path_for, row_norms
+from rankfold.kernels.lowrank import Drop
 from rankfold.kernels.magnitude import amplify
 from rankfold.kernels.once import once
 from rankfold.linalg import Dense, Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, contains, like, simplify
 from rankfold.linalg.dropout import Dropout
 
 from . import costs
-from .base import Base
+from .base import Base, DenseBase
 
 __all__ = ["MEMORY", "PLANS", "Program", "explain", "require_known", "run"]
 
@@ -43,7 +45,7 @@ class Fused(NamedTuple):
     scale: float
     B0: Tensor | None
     A0: Tensor | None
-    drop: tuple[float, int] | None
+    drop: Drop
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Program:
 
     `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists.
     An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
+    `path` is the form of the fused kernels for the base's device, None the reference.
     """
 
     base: Base
@@ -61,6 +64,11 @@ class Program:
     dense_ok: bool = True
     needs_x: bool = False
     kept: tuple[Operator, Fused | None] | None = None
+    path: ModuleType | None = None
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():  # a graph runs the plain plan
+            self.path = path_for(self.base.device)
 
     def expression(self, leaves: Sequence[Tensor] | None = None, x: Tensor | None = None) -> Operator:
         if leaves is None and self.kept is not None:
@@ -215,13 +223,13 @@ def _fused_form(expr: Operator, base: Base) -> Fused | None:
 
 
 def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
+    path = None if x.dtype == torch.float64 else program.path
     if f.magnitude is None:
         assert f.B is not None
         assert f.A is not None
-        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop)
-    return magnitude_linear(
-        x, program.base, bias, like_master(f.magnitude.m), _norm(program, f.magnitude, f), f.B, f.A, f.scale, f.B0, f.A0, f.drop
-    )
+        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
+    m, norm = like_master(f.magnitude.m), _norm(program, f.magnitude, f)
+    return magnitude_linear(x, program.base, bias, m, norm, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
 
 
 def like_master(m: Tensor) -> Tensor:
@@ -231,7 +239,9 @@ def like_master(m: Tensor) -> Tensor:
 def _norm(program: Program, op: Magnitude, f: Fused) -> Tensor:
     if f.B is None or f.A is None or f.drop is not None:
         return op.norm()
-    return row_norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
+    plain = f.B.dtype != torch.float64 and isinstance(program.base, DenseBase)
+    norms = program.path.row_norms if program.path is not None and plain else row_norms
+    return norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
 
 
 def _extra(expr: Operator, base: Base, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from rankfold.errors import DataError, InactiveError
 
 from .host import Host
-from .store import Member, Slot, Store
+from .store import Extra, Member, Slot, Store
 
-__all__ = ["CallWatch", "call_model", "probe", "silent_sites", "unchanged"]
+__all__ = ["CallWatch", "call_model", "probe", "silent_extras", "silent_sites", "unchanged"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -51,8 +52,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _hosts(store: Store, member: Member) -> dict[str, Host]:
-    modules = dict(store.model.named_modules())
-    return {slot.site.module: modules[slot.site.module].__dict__["_rankfold"] for slot in member.slots.values()}
+    """The hosts of an adapter's sites and extras, by module."""
+    found = {path: module.__dict__["_rankfold"] for path, module in store.model.named_modules() if "_rankfold" in module.__dict__}
+    sites = {slot.site.module for slot in member.slots.values()}
+    return {p: host for p, host in found.items() if p in sites or any(name == member.name for name, _ in host.extras)}
 
 
 def silent_sites(store: Store, member: Member, since: dict[str, int]) -> list[str]:
@@ -61,10 +64,55 @@ def silent_sites(store: Store, member: Member, since: dict[str, int]) -> list[st
     return [key for key, slot in member.slots.items() if hosts[slot.site.module].calls <= since.get(slot.site.module, 0)]
 
 
-def _require_calls(store: Store, member: Member, since: dict[str, int]) -> None:
+def silent_extras(store: Store, member: Member, since: dict[str, int]) -> list[Extra]:
+    """Extra parameters none of whose modules was called since."""
+    called = {
+        extra.key
+        for path, host in _hosts(store, member).items()
+        for name, extra in host.extras
+        if name == member.name and host.calls > since.get(path, 0)
+    }
+    return [extra for extra in member.extras.values() if extra.key not in called]
+
+
+def _require_calls(store: Store, member: Member, since: dict[str, int]) -> set[str]:
+    """Raise for what was bypassed, warn of experts without tokens and of extras that we chose; gives those experts' sites."""
     silent = silent_sites(store, member, since)
-    if silent:
-        raise InactiveError(bypassed(silent))
+    idle = without_tokens(store, member, since).intersection(silent)
+    if bad := [key for key in silent if key not in idle]:
+        raise InactiveError(bypassed(bad))
+    extras = silent_extras(store, member, since)
+    if named := [e.name for e in extras if e.named]:
+        raise InactiveError(
+            f"extras: {', '.join(named[:5])}: the model reads these parameters without calling their module, or left it out, so "
+            "that a copy would not act; leave them out"
+        )
+    if extras:
+        warnings.warn(
+            f"{', '.join(e.name for e in extras[:5])}: read without a call of their module: they keep the base's value",
+            stacklevel=4,
+        )
+    if idle:
+        warnings.warn(
+            f"{len(idle)} site(s) of experts that the router sent no token to so far: {', '.join(sorted(idle)[:5])}", stacklevel=4
+        )
+    return idle
+
+
+def without_tokens(store: Store, member: Member, since: dict[str, int]) -> set[str]:
+    """Sites in an expert that was not called at all while another one of its list was."""
+    called = {path for path, host in _hosts(store, member).items() if host.calls > since.get(path, 0)}
+    found = set()
+    for key, slot in member.slots.items():
+        parts = slot.site.module.split(".")
+        for k in range(1, len(parts)):
+            lists, expert = ".".join(parts[:k]), ".".join(parts[: k + 1])
+            if "expert" not in parts[k - 1] or not isinstance(store.model.get_submodule(lists), nn.ModuleList | nn.ModuleDict):
+                continue
+            own = {path for path in called if f"{path}.".startswith(f"{expert}.")}
+            if not own and any(path.startswith(f"{lists}.") for path in called):
+                found.add(key)
+    return found
 
 
 def counts(store: Store, member: Member) -> dict[str, int]:
@@ -125,7 +173,8 @@ def probe(
         model.train()
         since = counts(store, member)
         without = _without_gradient(store, member, model, batch, loss)
-        _require_calls(store, member, since)
+        idle = _require_calls(store, member, since)
+        without = [key for key in without if key not in idle]
     if without and not automatic:
         raise InactiveError(
             f"no gradient reaches {', '.join(without)}: the loss does not depend on these sites; leave them out of targets"
@@ -140,7 +189,8 @@ def _without_gradient(store: Store, member: Member, model: nn.Module, batch: Any
         return []
     tensors = {key: _trainable(store, slot) for key, slot in member.slots.items()}
     flat = list({id(t): t for ts in tensors.values() for t in ts}.values())
-    value = loss(model, batch)
+    with torch.enable_grad():
+        value = loss(model, batch)
     if not value.requires_grad:  # it depends on none of them
         return [key for key, ts in tensors.items() if ts]
     grads = torch.autograd.grad(value, flat, allow_unused=True)

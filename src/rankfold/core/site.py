@@ -10,10 +10,13 @@ from functools import cached_property
 
 __all__ = ["SITE_KINDS", "Site"]
 
-SITE_KINDS = ("linear", "conv1d", "embedding", "rows", "tied")
-"""How a weight may stand in a model: what the laws are tried on. The last two are no `Site.kind`; `rows` and `tied` say so."""
-WITHIN = frozenset({"experts", "multihead"})
+SITE_KINDS = ("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "multihead", "rows", "tied")
+"""How a weight may stand in a model: what the laws are tried on. `grouped` (a convolution with groups), `rows` and `tied` are no
+`Site.kind`: batch, rows and tied say so."""
+WITHIN = frozenset({"experts", "experts-transposed", "multihead"})
 """Kinds whose module holds several weights: the name of a site ends with the parameter's."""
+CHILD = {("multihead", "out_proj"): "out_proj.weight"}
+"""Weights of a child that the module reads without calling it."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Site:
 
     @property
     def param(self) -> str:
-        """Name of the weight within that module."""
-        return self.name.rpartition(".")[2] if self.kind in WITHIN else "weight"
+        """Name of the weight within that module; with the child's where a child holds it."""
+        last = self.name.rpartition(".")[2]
+        return CHILD.get((self.kind, last), last) if self.kind in WITHIN else "weight"
 
     @property
     def weight(self) -> str:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.adapters.rows import rows_text
 from rankfold.errors import LayoutError, UnknownName
-from rankfold.linalg import Operator
+from rankfold.linalg import Operator, like
+from rankfold.linalg.sharded import is_cut, whole
 
 from .base import Base
+from .rows import into_weight
 from .site import Site
 from .structure import Context, Structure, Tensors
 
@@ -32,7 +35,8 @@ class Slot:
     """One adapter at one site: its structure there, and where its tensors stand in the store.
 
     `binding` maps each field of t to (name in the store, slices): shared tensors hand out slices. The fields that `emits`
-    names are filled by `prepare`, once per forward of the model. A side module has no base.
+    names are filled by `prepare`, once per forward of the model. A side module has no base. `on` is its adapter's weight as of
+    the last `Store.settle`.
     """
 
     member: Member
@@ -43,6 +47,7 @@ class Slot:
     fields: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
     emitted: dict[str, Tensor] = field(default_factory=dict)
+    on: float | Tensor = 1.0
     _t: Tensors = None
     _version: int = -1
 
@@ -54,13 +59,16 @@ class Slot:
 
     def t(self, store: Store) -> Tensors:
         """The namedtuple of the site's tensors; made once, and again only when tensors were replaced or are slices that train."""
-        if self._t is not None and self._version == store.version:
+        if torch.compiler.is_compiling():  # a graph that asked for the version would be made anew for every other one
+            if store.settled and self._t is not None:
+                return self._t
+        elif self._t is not None and self._version == store.version:
             return self._t
         values = [self._read(store, name) for name in self.fields]
         t = _tuple_class(self.fields)(*values)
         fixed = not self.emits and all(s is None or not store.tensor(n).requires_grad for n, s in self.binding.values())
-        if fixed and not torch.compiler.is_compiling():
-            self._t, self._version = t, store.version
+        if not torch.compiler.is_compiling():
+            self._t, self._version = t if fixed else None, store.version
         return t
 
     def _read(self, store: Store, name: str) -> Tensor:
@@ -70,9 +78,11 @@ class Slot:
         tensor = store.tensor(key)
         return tensor if slices is None else tensor[slices]
 
-    def weight(self, t: Tensors, ctx: Context | None = None) -> Operator:
-        assert self.base is not None
-        return self.structure.weight(self.base, t, self.site, ctx)
+    def weight(self, t: Tensors, ctx: Context | None = None, base: Base | None = None) -> Operator:
+        """W' as an expression in `base`: the slot's own, or another that stands for the same weight."""
+        base = base or self.base
+        assert base is not None
+        return self.structure.weight(base, t, self.site, ctx)
 
 
 _classes: dict[tuple[str, ...], type] = {}  # not functools.cache, of which torch.compile warns
@@ -86,19 +96,38 @@ def _tuple_class(fields: tuple[str, ...]) -> type:
 
 @dataclass(eq=False)
 class Extra:
-    """One parameter of the model that an adapter trains in a copy of its own: heads, biases, norms.
+    """One parameter of the model that an adapter trains in a copy of its own: heads, biases, norms; or some of its rows.
 
-    `alone`: other modules that share the parameter keep the base's; else they all get the copy.
+    Args:
+        alone: other modules that share the parameter keep the base's; else they all get the copy.
+        rows: those that train, rising; the tensor holds them alone. None is the whole parameter.
+        named: whether the user gave its name: then it must act.
     """
 
     module: str
     param: str
     key: str
     alone: bool = False
+    rows: tuple[int, ...] | None = None
+    named: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.param}" if self.module else self.param
+        """Full name of the parameter, with the rows where there are some: "embed_tokens.weight[50:52]"."""
+        whole = f"{self.module}.{self.param}" if self.module else self.param
+        return whole if self.rows is None else whole + rows_text(self.rows)
+
+    def index(self, device: torch.device) -> Tensor:
+        """The rows as a tensor."""
+        return torch.tensor(self.rows, device=device)
+
+    def value(self, parameter: Tensor, own: Tensor) -> Tensor:
+        """What stands in the place of `parameter` while the adapter is on, in its dtype."""
+        return like(own, parameter) if self.rows is None else into_weight(_whole(parameter), self.index(parameter.device), own)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return whole(parameter) if is_cut(parameter) else parameter
 
 
 @dataclass(eq=False)
@@ -132,6 +161,8 @@ class Store(nn.Module):
         self.members: dict[str, Member] = {}
         self.active: dict[str, float | Tensor] = {}
         self.enabled = True
+        self.settled, self.idle = False, True
+        self.emitting: list[Member] = []
         self.version = 0
         self.plan, self.memory = "auto", "auto"
         self.context = Context()
@@ -143,6 +174,29 @@ class Store(nn.Module):
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         ]
+
+    @property
+    def version(self) -> int:
+        """Counts whatever replaces a tensor or changes what is on; what was remembered of an older one is out of date."""
+        return self._version
+
+    @version.setter
+    def version(self, number: int) -> None:
+        self._version = number
+        self.settled = False
+
+    def settle(self) -> None:
+        """Let every host hold what is on as plain objects, so that a compiled forward asks for no adapter's name.
+
+        A graph is guarded by what its tracing read: with names out of it, adapters of one structure, rank and set of sites
+        share a graph, whose inputs their tensors are.
+        """
+        self.emitting = [m for m in (self.members[n] for n in self.active) if any(s.emits for s in m.slots.values())]
+        for module in self.model.modules():
+            host = module.__dict__.get("_rankfold")
+            if host is not None:
+                host.settle()
+        self.settled, self.idle = True, not self.active
 
     def uninstall(self) -> None:
         """Take the hooks off the model."""
@@ -207,6 +261,7 @@ class Store(nn.Module):
                 raise UnknownName.of("adapter", name, self.members)
         self.active = dict(active)
         self.version += 1
+        self.settle()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -218,19 +273,28 @@ class Store(nn.Module):
 
     @property
     def is_folded(self) -> bool:
-        return bool(self.folded)
+        return len(self.folded) > 0  # of bool(dict) torch.compile keeps no guard
 
     # the model's forward as a whole
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.enabled and not torch.compiler.is_compiling():
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise LayoutError(
+                "FSDP has cut the adapters' tensors along with the base, where training doesn't reach them. Make the model anew "
+                "and cut it by rf.shard(model), or give fully_shard ignored_params=set(model.rankfold.parameters())"
+            )
+        if not self.enabled:
+            return
+        if not torch.compiler.is_compiling():
+            if not self.settled:
+                self.settle()
             for watcher in self.watchers:
                 watcher.before_forward(self)
-        for name in self.active if self.enabled else ():
-            emit(self, self.members[name])
+        for member in self.emitting if self.settled else [self.members[name] for name in self.active]:
+            emit(self, member)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.enabled and self.active and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.enabled and self.active:
             for watcher in list(self.watchers):
                 watcher.after_forward(self)
 
@@ -249,11 +313,19 @@ def emit(store: Store, member: Member) -> None:
 
 
 def store_of(model: nn.Module, create: bool = False) -> Store | None:
-    """The store of a model, or None; `create` makes and registers one.
+    """The store of a model, or None; `create` makes and registers one. Of a compiled model, that of the model inside.
 
     Raises:
-        LayoutError: the model has an attribute of that name already.
+        LayoutError: the model has an attribute of that name already, or is what torch.compile made.
     """
+    inside = model._modules.get("_orig_mod")
+    if inside is not None:
+        if create:
+            raise LayoutError(
+                "this is a compiled model, whose sites have other names: adapt the model that was compiled (model._orig_mod); "
+                "the compiled one follows"
+            )
+        return store_of(inside)
     store = model._modules.get(CHILD)
     if store is None and create:
         if hasattr(model, CHILD):

@@ -34,6 +34,7 @@ __all__ = [
     "StartContext",
     "Structure",
     "Tensors",
+    "TooLarge",
     "added",
     "kaiming",
     "layers",
@@ -111,7 +112,11 @@ class Context:
     token_mask: Tensor | None = None
     conditioning: Tensor | None = None
     time: Tensor | None = None
-    seed: int | None = None
+    seed: int | Tensor | None = None
+
+
+class TooLarge(str):
+    """The reason of `Structure.fits` for an option beyond what a weight of that shape holds; refused also under "all-linear"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +161,10 @@ class Structure(Options):
         return None
 
     def fits(self, site: Site) -> str | None:
-        """Why this site can't carry the structure, or None."""
+        """Why this site can't carry the structure, or None; a `TooLarge` where another option, not another site, is due."""
         rank = getattr(self, "rank", None)
         if rank is not None and rank > min(site.shape):
-            return f"rank {rank} is larger than the matrix: min(out, in) = {min(site.shape)}"
+            return TooLarge(f"rank {rank} is larger than the matrix: min(out, in) = {min(site.shape)}")
         return None
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankfold.errors import TargetError, nearest
 
-from .kinds import kind_named, kind_of
+from .kinds import kind_named, kind_of, weight_of
 from .site import Site
 
 __all__ = ["Targets", "every_site", "find_sites"]
@@ -27,10 +27,14 @@ def every_site(model: nn.Module) -> list[Site]:
     first: dict[int, str] = {}
     sites = []
     shared: set[str] = set()
+    names: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=True):
         kind = kind_of(module)
         for site in kind.sites(path, module) if kind is not None else ():
-            weight = getattr(module, site.param)
+            if site.name in names:  # a child whose weight its parent reads
+                continue
+            names.add(site.name)
+            weight = weight_of(module, site)
             owner = first.setdefault(id(weight), site.name)
             if owner != site.name:
                 shared.add(owner)

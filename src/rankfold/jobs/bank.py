@@ -43,7 +43,7 @@ class Bank(PlainBank):
     choice and kept until the next: decoding runs many steps with one choice.
 
     Raises:
-        TargetError: a target that matches nothing, or whose kind of weight a bank can't serve.
+        TargetError: a target whose kind of weight a bank can't serve (convolutions, experts, multi-head attention).
         OptionError: a rank or number of slots below 1.
 
     >>> import torch, rankfold as rf

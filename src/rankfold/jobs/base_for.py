@@ -11,6 +11,7 @@ from rankfold.adapters.native import load_native
 from rankfold.errors import FileError, OptionError, RankfoldError, nearest
 
 from .exchange import folder_format
+from .foreign import FOREIGN, fitted, read_foreign
 from .models import load_model
 
 __all__ = ["base_for"]
@@ -29,7 +30,11 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
         FileError: no form of the model has the adapter's sites. OptionError: no model is named. Whatever `load_model` raises.
     """
     labels: tuple[str, ...] | None = None
-    if folder_format(adapter) == "peft":
+    source = folder_format(adapter)
+    names: set[str] = set()
+    if source in FOREIGN:
+        said = told = tokenizer = None
+    elif source == "peft":
         read = read_peft(adapter)
         names = {e.name for e in read.entries.values()} | {n.rpartition(".")[0] for n in read.extras}
         said, told = TASKS.get(read.metadata.get("task_type") or ""), read.metadata.get("base_model")
@@ -60,6 +65,13 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
                 raise
             problems.append(str(error))
             continue
+        if source in FOREIGN:
+            try:
+                fitted(read_foreign(adapter, source, loaded), loaded, str(adapter))  # type: ignore[arg-type]
+                return loaded
+            except RankfoldError as error:
+                problems.append(str(error))
+                continue
         here = {n for n, _ in loaded.named_modules()}
         lacking = sorted(names - here)
         if not lacking:

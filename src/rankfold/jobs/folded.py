@@ -56,11 +56,11 @@ def _rounding(adaptation: Adaptation, name: str, dtype: torch.dtype | None) -> d
     for slot in adaptation.slots(name):
         if slot.base is None:
             continue  # fold refuses it, by name
-        program = site_program(adaptation.store, [slot], training=False)
+        program = site_program(adaptation.store, [slot], training=False, outside=True)
         stored = fold_weight(program).to(slot.base.dtype).to(dtype or slot.base.dtype).double()
-        change = difference(program.expression(), slot.base).dense().double()
+        change = difference(program.expression(), program.base).dense().double()
         size = float(change.norm())
-        errors[slot.site.key] = float((stored - slot.base.dense().double() - change).norm()) / size if size else 0.0
+        errors[slot.site.key] = float((stored - program.base.dense().double() - change).norm()) / size if size else 0.0
     return errors
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankfold.adapters.adapter import Adapter
 from rankfold.adapters.fingerprint import Fingerprint
+from rankfold.adapters.formats.foreign import Foreign
 from rankfold.adapters.formats.peft import read_peft
 from rankfold.adapters.native import NativeAdapter, load_native
 from rankfold.core.base import base_of
@@ -29,6 +30,7 @@ from rankfold.training.method import method
 from rankfold.training.prints import fingerprint
 
 from .exchange import borrowed, folder_format
+from .foreign import FOREIGN, read_foreign
 
 __all__ = ["Inspection", "SiteRow", "inspect_adaptation", "inspect_folder", "inspect_model", "spectrum"]
 
@@ -64,7 +66,7 @@ class Inspection:
     """What was found.
 
     Args:
-        what: "rankfold adapter", "peft adapter", or the class of a model.
+        what: "rankfold adapter", "peft adapter" and so on, or the class of a model.
         method, options: that made it.
         rows: one per site.
         extras: shapes of the tensors that train whole, by name.
@@ -87,7 +89,7 @@ class Inspection:
 
 
 def inspect_folder(path: str | Path, model: nn.Module | None = None, force: bool = False) -> Inspection:
-    """An adapter folder of rankfold or of peft.
+    """An adapter of rankfold, peft, kohya, LyCORIS, diffusers or torchtune.
 
     Args:
         model: its base. Without one, changes that lean on W (rotations, magnitudes, products with W) have a note for numbers.
@@ -102,6 +104,8 @@ def inspect_folder(path: str | Path, model: nn.Module | None = None, force: bool
     if kind == "peft":
         adapter = read_peft(path)
         found = _peft(adapter)
+    elif kind in FOREIGN:
+        found = _foreign(read_foreign(path, kind))  # type: ignore[arg-type]
     else:
         found = _native(load_native(path))
     return found if model is None else Inspection(**{**found.__dict__, "rows": rows})
@@ -130,11 +134,11 @@ def inspect_adaptation(adaptation: Adaptation, name: str | None = None) -> tuple
         if slot.base is None:
             note = "a side module, no change of a weight"
         else:
-            program = site_program(adaptation.store, [slot], training=False)
+            program = site_program(adaptation.store, [slot], training=False, outside=True)
             if program.dense_ok:
                 with torch.no_grad():
-                    stats = spectral_stats(spectrum(difference(program.expression(), slot.base)))
-                    size = float(slot.base.gather().dense().norm())
+                    stats = spectral_stats(spectrum(difference(program.expression(), program.base)))
+                    size = float(program.base.dense().norm())
                 relative = stats.frobenius / size if size else None
             else:
                 note = NO_MATRIX
@@ -162,10 +166,10 @@ def inspect_model(model: nn.Module) -> Inspection:
 
 
 def spectrum(change: Operator) -> Tensor:
-    """Singular values of an operator, float64, from its factors where it is of low rank."""
+    """Singular values of an operator, float64, from its factors where it is of low rank; of a stack those of all its maps."""
     if change.rank_bound() < min(change.shape):
         B, A, _ = change.to_lowrank(None)
-        return product_svd(B.double(), A.double())[1]
+        return product_svd(B.double(), A.double())[1].flatten()
     return _singular_values(change.dense())
 
 
@@ -173,7 +177,7 @@ def _singular_values(W: Tensor) -> Tensor:
     """By the Gram matrix of the smaller side, which is cheap for embeddings; exact to 1e-8 of the largest."""
     small = W if W.shape[-2] <= W.shape[-1] else W.mT
     gram = sum((part.double() @ part.double().mT for part in small.split(4096, dim=-1)), torch.zeros((), dtype=torch.float64))
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flatten()
 
 
 class _NeedsBase(RankfoldError):
@@ -260,4 +264,22 @@ def _peft(adapter: Adapter) -> Inspection:
         {k: v for k, v in (about.get("options") or {}).items() if v},
         {n: tuple(t.shape) for n, t in adapter.extras.items()},
         trained={k: about[k] for k in ("task_type", "base_model") if about.get(k)},
+    )
+
+
+def _foreign(found: Foreign) -> Inspection:
+    rows = []
+    for key, c in found.changes.items():
+        numbers = sum(t.numel() for t in (*c.tensors.values(), c.magnitude) if t is not None)
+        stats = spectral_stats(spectrum(c.operator())) if c.magnitude is None else None
+        kind = "linear" if c.kernel is None else "convolution"
+        rows.append(SiteRow(key, kind, c.shape, c.rank, numbers, stats, None, NEEDS_BASE if stats is None else ""))
+    added = sum(t.numel() for t in found.differences.values())
+    return Inspection(
+        f"{found.format} adapter",
+        tuple(rows),
+        sum(r.parameters for r in rows) + added,
+        "+".join(found.methods) or None,
+        extras={n: tuple(t.shape) for n, t in found.differences.items()},
+        trained={"stored_dtype": ", ".join(found.dtypes), **found.metadata},
     )

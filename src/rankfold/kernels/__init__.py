@@ -2,5 +2,6 @@
 
 from .lowrank import lowrank_linear
 from .magnitude import magnitude_linear, row_norms
+from .paths import path_for
 
-__all__ = ["lowrank_linear", "magnitude_linear", "row_norms"]
+__all__ = ["lowrank_linear", "magnitude_linear", "path_for", "row_norms"]

@@ -5,19 +5,20 @@ Kept for backward: x (if A trains) and h = drop(x) Aᵀ (if B trains), in the dt
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankfold.linalg.dropout import keep_mask
+from rankfold.linalg.dropout import dropped, keep_mask
 
 from .once import once
 
 __all__ = ["Drop", "combine", "gradients", "lowrank_linear", "stack_factors"]
 
-Drop = tuple[float, int] | None
-"""(p, seed) of the dropout in front of A, or None."""
+Drop = tuple[float, int | Tensor] | None
+"""(p, seed) of the dropout in front of A, or None; the seed is a tensor in a compiled graph."""
 
 
 def stack_factors(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,12 +34,11 @@ def mask_of(shape: torch.Size, p_seed: Drop, like: Tensor) -> Tensor | None:
     if p_seed is None:
         return None
     p, seed = p_seed
-    return keep_mask(shape, p, seed, like.device).to(like.dtype).mul_(1.0 / (1.0 - p))
+    return keep_mask(shape, p, int(seed), like.device).to(like.dtype).mul_(1.0 / (1.0 - p))
 
 
 def drop(x: Tensor, p_seed: Drop) -> Tensor:
-    mask = mask_of(x.shape, p_seed, x)
-    return x if mask is None else x * mask
+    return x if p_seed is None else dropped(x, *p_seed)
 
 
 def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: Drop) -> Tensor:
@@ -78,12 +78,12 @@ def gradients(
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, bias, B, A, B0, A0, base, scale, p_seed):
+    def forward(ctx: Any, x, bias, B, A, B0, A0, base, scale, p_seed, path):
         flat = x.reshape(-1, x.shape[-1])
         y = base.matmul(flat, bias)
         Bs, As = stack_factors(B, A, B0, A0, x.dtype)
-        h = combine(y, flat, Bs, As, scale, p_seed)
-        ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
+        h = path.combine(y, flat, Bs, As, scale, p_seed)
+        ctx.base, ctx.scale, ctx.p_seed, ctx.shape, ctx.path = base, scale, p_seed, x.shape, path
         need_A, need_B = ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         ctx.save_for_backward(flat if need_A else None, h if need_B else None, B, A, B0, A0)
         return y.resize_(*x.shape[:-1], y.shape[-1])  # torch lets nobody change a view in place that a function returns
@@ -95,14 +95,14 @@ class _LowRankLinear(torch.autograd.Function):
         g = gy.reshape(-1, gy.shape[-1])
         Bs, As = stack_factors(B, A, B0, A0, g.dtype)
         gx = ctx.base.rmatmul(g) if ctx.needs_input_grad[0] else None
-        gB, gA = gradients(g, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+        gB, gA = ctx.path.gradients(g, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
         gb = g.sum(0) if ctx.needs_input_grad[1] else None
         return (
             None if gx is None else gx.view(ctx.shape),
             gb,
             None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -116,6 +116,7 @@ def lowrank_linear(
     B0: Tensor | None = None,
     A0: Tensor | None = None,
     p_seed: Drop = None,
+    path: Any = None,
 ) -> Tensor:
     """x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ, minus the same product of (B₀, A₀) where given.
 
@@ -123,6 +124,7 @@ def lowrank_linear(
         x: [..., in], in the dtype of the product.
         base: gives `matmul(x, bias)` into a fresh tensor and `rmatmul(g)`.
         B, A: [out, r], [r, in], of any float dtype: cast inside, gradients come back in their own dtype.
+        path: a module with `combine` and `gradients`, as `path_for` chooses it; this one by default.
 
     >>> import torch
     >>> from rankfold.linalg import Dense
@@ -132,4 +134,4 @@ def lowrank_linear(
     >>> lowrank_linear(x, W(torch.zeros(2, 3)), None, B, A, scale=0.5).tolist()
     [[1.5, 1.5]]
     """
-    return _LowRankLinear.apply(x, bias, B, A, B0, A0, base, scale, p_seed)
+    return _LowRankLinear.apply(x, bias, B, A, B0, A0, base, scale, p_seed, path or sys.modules[__name__])

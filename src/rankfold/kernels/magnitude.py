@@ -7,6 +7,7 @@ u = (y − b) / g only through Σ gy·u, so no third activation is stored. (DoRA
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,9 +18,16 @@ from rankfold.errors import LayoutError
 from .lowrank import Drop, combine, gradients, stack_factors
 from .once import once
 
-__all__ = ["amplify", "magnitude_linear", "row_norms"]
+__all__ = ["amplify", "apply_gain", "combine", "flagged", "gradients", "magnitude_linear", "pull_gain", "row_norms"]
 
 VANISHED = 1e-6
+CANCELLED = 1e-4
+
+ASKED = frozenset({"cpu"})
+"""Devices that may be asked for a value in the middle of a pass; any other would stand still until all work before is done."""
+AT_ONCE = 16
+"""How many flagged rows are seen to at once on a device that can't be asked how many there are."""
+TOKENS = 4096
 
 
 def amplify(u: Tensor, gain: Tensor) -> Tensor:
@@ -29,6 +37,42 @@ def amplify(u: Tensor, gain: Tensor) -> Tensor:
     return torch.addcmul(u, u, (gain - 1.0).to(u.dtype))
 
 
+def apply_gain(u: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """gain ⊙ u + bias."""
+    y = amplify(u, gain)
+    if bias is not None:
+        y += bias.to(y.dtype)
+    return y
+
+
+def pull_gain(g: Tensor, gain: Tensor, y: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(gain ⊙ g, Σ_t g ⊙ (y − bias) where y is given)."""
+    total = None
+    if y is not None:
+        # rounding each product as y itself is rounded averages out in the sum
+        total = (g * y).sum(0, dtype=gain.dtype)
+        if bias is not None:
+            total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
+    return amplify(g, gain), total
+
+
+def flagged(flags: Tensor) -> Tensor:
+    """Indices of the rows that are flagged. On a device that can't be asked how many they are: AT_ONCE indices, flagged rows
+    first, and whoever writes to them looks at the flags again.
+
+    >>> flagged(torch.tensor([False, True, False, True])).tolist()
+    [1, 3]
+    """
+    if flags.device.type in ASKED:
+        return flags.nonzero().flatten()
+    return flags.to(torch.uint8).topk(min(AT_ONCE, len(flags))).indices
+
+
+def mend(values: Tensor, flags: Tensor, rows: Tensor, better: Tensor) -> None:
+    """values[rows] = better where they are flagged; in place, without asking."""
+    values[rows] = torch.where(flags[rows], better.to(values.dtype), values[rows])
+
+
 @torch.no_grad()
 def row_norms(
     base: Any, B: Tensor, A: Tensor, scale: float, B0: Tensor | None = None, A0: Tensor | None = None, floor: float = 1e-12
@@ -36,39 +80,39 @@ def row_norms(
     """‖W_j + s·(B A)_j‖ [out], from ‖W_j‖² as the base caches it, the r products W Aᵀ, and A Aᵀ: never out x in.
 
     ‖W_j‖² + s·Σ_k B_jk (2 W Aᵀ + s·B A Aᵀ)_jk, in at least float32. A change that is zero leaves the norm of W itself, bitwise.
-    Rows that cancel (W_j ≈ −s·(B A)_j, below 1e-4 of ‖W_j‖²) are formed and summed anew. Never cached: tensors written through
-    `.data` keep their version, and a stale norm would be silent.
+    Rows that cancel (W_j ≈ −s·(B A)_j, below 1e-4 of ‖W_j‖²) are formed and summed anew; on an accelerator the first 16 of them,
+    the others keep what the formula gave. Never cached: tensors written through `.data` keep their version, and a stale norm
+    would be silent.
     """
     Bs, As = stack_factors(B, A, B0, A0, torch.promote_types(B.dtype, torch.float32))
     cross = base.matmul(As.to(base.dtype)).mT.to(Bs.dtype)  # [out, r], by the product that a forward pass runs
     cross = torch.addmm(cross, Bs, As @ As.mT, beta=2.0, alpha=scale)
     own = base.row_sqnorm()
     square = torch.add(own, (Bs * cross).sum(-1), alpha=scale)
-    cancelled = (square < 1e-4 * own).nonzero().flatten()
-    if len(cancelled):
-        rows = base.rows(cancelled).to(Bs.dtype) + scale * (Bs[cancelled] @ As)
-        square[cancelled] = rows.square().sum(-1)
+    cancelled = square < CANCELLED * own
+    rows = flagged(cancelled)
+    if len(rows):
+        fresh = base.rows(rows).to(Bs.dtype) + scale * (Bs[rows] @ As)
+        mend(square, cancelled, rows, fresh.square().sum(-1))
     return square.clamp_min_(0.0).sqrt_().clamp_min_(floor)
 
 
 class _MagnitudeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, base, scale, p_seed):
+    def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path):
         flat = x.reshape(-1, x.shape[-1])
         u = base.matmul(flat)
         h = None
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, x.dtype)
-            h = combine(u, flat, Bs, As, scale, p_seed)
-        y = amplify(u, m / norm)
-        if bias is not None:
-            y += bias.to(y.dtype)
+            h = path.combine(u, flat, Bs, As, scale, p_seed)
+        y = path.apply_gain(u, m / norm, bias)
         y = y.resize_(*x.shape[:-1], y.shape[-1])  # not a view: see `lowrank`
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
-        keep_x = need_A or (need_m and bool((m.abs() < VANISHED * norm).any()))
+        keep_x = need_A or (need_m and (x.device.type not in ASKED or bool((m.abs() < VANISHED * norm).any())))
         ctx.save_for_backward(flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0)
-        ctx.base, ctx.scale, ctx.p_seed, ctx.shape = base, scale, p_seed, x.shape
+        ctx.base, ctx.scale, ctx.p_seed, ctx.shape, ctx.path = base, scale, p_seed, x.shape, path
         return y
 
     @staticmethod
@@ -76,23 +120,21 @@ class _MagnitudeLinear(torch.autograd.Function):
     def backward(ctx: Any, gy):
         x, h, y, bias, m, norm, B, A, B0, A0 = _saved(ctx)
         g = gy.reshape(-1, gy.shape[-1])
-        gain = m / norm
+        gu, total = ctx.path.pull_gain(g, m / norm, None if y is None else y.reshape(g.shape), bias)
         gm = None
-        if y is not None:
-            # rounding each product as y itself is rounded averages out in the sum
-            total = (g * y.reshape(g.shape)).sum(0, dtype=m.dtype)
-            if bias is not None:
-                total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
+        if total is not None:
             gm = total / m
-            lost = (m.abs() < VANISHED * norm).nonzero().flatten()
-            if len(lost):
-                gm[lost] = _recomputed(ctx, lost, g, x, norm, B, A, B0, A0).to(gm.dtype)
-        gu = amplify(g, gain)
+            vanished = m.abs() < VANISHED * norm
+            rows = flagged(vanished)
+            if len(rows):
+                mend(gm, vanished, rows, _recomputed(ctx, rows, g, x, h, norm, B, A, B0, A0))
+                vanished[rows] = False
+                gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
         gx = ctx.base.rmatmul(gu) if ctx.needs_input_grad[0] else None
         gB = gA = None
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, g.dtype)
-            gB, gA = gradients(gu, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+            gB, gA = ctx.path.gradients(gu, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
         gb = g.sum(0) if ctx.needs_input_grad[1] else None
         return (
             None if gx is None else gx.view(ctx.shape),
@@ -101,7 +143,7 @@ class _MagnitudeLinear(torch.autograd.Function):
             None,
             None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -117,12 +159,16 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         ) from error
 
 
-def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, norm: Tensor, B, A, B0, A0) -> Tensor:
+def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, h: Any, norm: Tensor, B, A, B0, A0) -> Tensor:
     """Σ_t g·u / n for rows whose gain is nearly zero, so that y no longer tells u."""
-    u = x.to(norm.dtype) @ ctx.base.rows(rows).to(norm.dtype).mT
+    W = ctx.base.rows(rows).to(norm.dtype)
+    u = torch.cat([part.to(norm.dtype) @ W.mT for part in x.split(TOKENS)])  # a raised copy of a few tokens at a time
     if B is not None:
         Bs, As = stack_factors(B[rows], A, None if B0 is None else B0[rows], A0, norm.dtype)
-        combine(u, x.to(norm.dtype), Bs, As, ctx.scale, ctx.p_seed)
+        if h is None:
+            ctx.path.combine(u, x.to(norm.dtype), Bs, As, ctx.scale, ctx.p_seed)
+        else:
+            u.addmm_(h.to(norm.dtype), Bs.mT, alpha=ctx.scale)
     return (g[:, rows].to(norm.dtype) * u).sum(0) / norm[rows]
 
 
@@ -138,8 +184,14 @@ def magnitude_linear(
     B0: Tensor | None = None,
     A0: Tensor | None = None,
     p_seed: Drop = None,
+    path: Any = None,
 ) -> Tensor:
     """(m / norm) ⊙ (x Wᵀ + s·(drop(x) Aᵀ) Bᵀ) + bias; `norm` [out] is a constant of the backward pass.
+
+    Args:
+        path: a module with `combine`, `gradients`, `apply_gain` and `pull_gain`, as `path_for` chooses it; the reference by
+            default. Where a gain vanished (m below 1e-6 of the norm), the gradient of m comes from x; on an accelerator, which
+            can't be asked how many there are, for 16 such rows in each step, and is zero for the others.
 
     Raises:
         LayoutError: (from the backward pass) what follows changed the output in place, which the gradient of m reads.
@@ -152,4 +204,4 @@ def magnitude_linear(
     >>> magnitude_linear(x, W(torch.ones(2, 3)), None, torch.tensor([2.0, 4.0]), torch.tensor([2.0, 2.0])).tolist()
     [[3.0, 6.0]]
     """
-    return _MagnitudeLinear.apply(x, bias, m, norm, B, A, B0, A0, base, scale, p_seed)
+    return _MagnitudeLinear.apply(x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path or sys.modules[__name__])

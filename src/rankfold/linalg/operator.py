@@ -168,7 +168,10 @@ class Operator:
     __rmul__ = __mul__
 
     def __matmul__(self, other: Any) -> Any:
-        """`op @ operator` is their product; `op @ M` with M: [in, k] is Δ M, [out, k]."""
+        """`op @ operator` is their product; `op @ M` with M: [in, k] is Δ M, [out, k].
+
+        For reading: torch.compile does not trace `@` of objects, so what runs in a forward pass writes Product(op, operator).
+        """
         if isinstance(other, Operator):
             return Product(self, other)
         return self.matmul(other.mT).mT
@@ -432,7 +435,7 @@ class Product(Operator):
 
     def dense(self) -> Tensor:
         left = at_least_float32(self.left.dense())
-        return self.right.rmatmul(left) if self._from_left() else self.left @ at_least_float32(self.right.dense())
+        return self.right.rmatmul(left) if self._from_left() else self.left.matmul(at_least_float32(self.right.dense()).mT).mT
 
     def _from_left(self) -> bool:
         by_left = self.left.dense_flops() + self.right.flops(self.left.shape[0])

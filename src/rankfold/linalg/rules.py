@@ -180,7 +180,7 @@ def difference(expr: Operator, W: Operator) -> Operator:
         return simplify(Sum(tuple(rest)))
     if isinstance(expr, Product) and contains(expr.left, W):
         change = _rotation_change(W, expr.right)
-        return simplify(change if expr.left is W else difference(expr.left, W) @ expr.right + change)
+        return simplify(change if expr.left is W else Product(difference(expr.left, W), expr.right) + change)
     if isinstance(expr, Magnitude):
         gain = expr.gain()
         scaled = Product(Diagonal(gain), difference(expr.inner, W))
@@ -192,9 +192,9 @@ def _rotation_change(W: Operator, right: Operator) -> Operator:
     """W (R − 1)."""
     if isinstance(right, Householder):
         X, T = right.compact()
-        return LowRank(-(W @ (X @ T)), X.mT)
+        return LowRank(-W.matmul((X @ T).mT).mT, X.mT)
     if isinstance(right, Sum) and sum(isinstance(t, Identity) for t in right.terms) == 1:
         return Product(W, simplify(Sum(tuple(t for t in right.terms if not isinstance(t, Identity)))))
     if isinstance(right, Product):
-        return simplify(_rotation_change(W, right.left) @ right.right + _rotation_change(W, right.right))
+        return simplify(Product(_rotation_change(W, right.left), right.right) + _rotation_change(W, right.right))
     return Product(W, right) - W

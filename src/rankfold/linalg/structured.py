@@ -140,7 +140,8 @@ class Hadamard(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Sparse(Operator):
-    """`values` [*batch, k] at the distinct flat positions `index` [k] (row · in + column, sorted) of a [size_out, size_in] map.
+    """`values` [*batch, k] at distinct flat positions (row · in + column, sorted) of a [size_out, size_in] map: `index` [k], one
+    for all maps of a batch, or [*batch, k].
 
     >>> import torch
     >>> op = Sparse(torch.tensor([5.0]), torch.tensor([1]), 2, 3)
@@ -165,9 +166,17 @@ class Sparse(Operator):
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
+    def _positions(self) -> Tensor:
+        return self.index.long().expand(self.values.shape)
+
     def _scatter(self, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-        picked = x.index_select(-1, source) * across(like(self.values, x))
-        return x.new_zeros(*picked.shape[:-1], size).index_add(-1, target, picked)
+        if self.index.ndim == 1:
+            picked = x.index_select(-1, source) * across(like(self.values, x))
+            return x.new_zeros(*picked.shape[:-1], size).index_add(-1, target, picked)
+        batch = (*self.batch, *x.shape[-2:])  # positions of their own for each map
+        shape = (*batch[:-1], self.values.shape[-1])
+        picked = x.expand(batch).gather(-1, source.unsqueeze(-2).expand(shape)) * across(like(self.values, x))
+        return x.new_zeros(*batch[:-1], size).scatter_add(-1, target.unsqueeze(-2).expand(shape), picked)
 
     def matmul(self, x: Tensor) -> Tensor:
         rows, columns = self.index.long() // self.size_in, self.index.long() % self.size_in
@@ -178,16 +187,18 @@ class Sparse(Operator):
         return self._scatter(g, rows, columns, self.size_in)
 
     def dense(self) -> Tensor:
-        flat = at_least_float32(self.values).new_zeros(*self.batch, self.size_out * self.size_in)
-        return flat.index_add(-1, self.index.long(), at_least_float32(self.values)).unflatten(-1, self.shape)
+        values = at_least_float32(self.values)
+        flat = values.new_zeros(*self.batch, self.size_out * self.size_in)
+        return flat.scatter_add(-1, self._positions(), values).unflatten(-1, self.shape)
 
     def add_to(self, W: Tensor) -> Tensor:
-        total = at_least_float32(W).flatten(-2).index_add(-1, self.index.long(), self.values.to(at_least_float32(W).dtype))
+        total = at_least_float32(W).flatten(-2)
+        total = total.expand(*self.batch, total.shape[-1]).scatter_add(-1, self._positions(), self.values.to(total.dtype))
         return total.unflatten(-1, self.shape).to(W.dtype)
 
     def row_sqnorm(self) -> Tensor:
         values = at_least_float32(self.values)
-        return values.new_zeros(*self.batch, self.size_out).index_add(-1, self.index.long() // self.size_in, values.square())
+        return values.new_zeros(*self.batch, self.size_out).scatter_add(-1, self._positions() // self.size_in, values.square())
 
     def rank_bound(self) -> int:
         return min(self.values.shape[-1], *self.shape)

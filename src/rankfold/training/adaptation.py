@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapters.fingerprint import Fingerprint
-from rankfold.core.attaching import add_extra, attach, check_sites, detach, specs_of
+from rankfold.core.attaching import attach, check_sites, detach, specs_of
 from rankfold.core.base import Base
 from rankfold.core.blocks import find_blocks
-from rankfold.core.folding import fold, folded_weights, unfold
+from rankfold.core.checkpointing import InputGradients
+from rankfold.core.extras import add_extra, find_extras
+from rankfold.core.folding import fold, folded_weights, requantisation_errors, unfold
+from rankfold.core.kinds import weight_of
 from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch, probe
 from rankfold.core.site import Site
@@ -26,9 +30,12 @@ from rankfold.core.targets import Targets, find_sites
 from rankfold.errors import CompositionError, InactiveError, LayoutError, OptionError, TargetError, UnknownName
 from rankfold.linalg.random import Random
 
+from .bucket import Bucket
 from .contracts import InitContext, Statistic, Trainable, roles_of
 from .method import Method, method
 from .prints import fingerprint
+from .processes import in_all
+from .stacks import Stacked, collect_stack, fill_stack, score_stack
 
 __all__ = ["Adaptation", "Attached", "adapt", "adaptation"]
 
@@ -197,6 +204,15 @@ class Adaptation:
         """
         return fold(self.store)
 
+    def requantisation_errors(self) -> dict[str, float]:
+        """‖Q(W') − W'‖ / ‖W' − W‖ by module: what of a change would be lost if the folded weights of a quantised base were
+        stored in its format again, which `fold` therefore doesn't do.
+
+        Raises:
+            LayoutError: no base is quantised, a format that can't be written, or as `fold`.
+        """
+        return requantisation_errors(self.store)
+
     def unfold(self) -> None:
         """The original weights again, bitwise.
 
@@ -232,6 +248,11 @@ class Adaptation:
                 terms.append(a.engine.objectives())
         return added(*terms)
 
+    def bucket(self, name: str | None = None, group: Any = None) -> Bucket:
+        """The gradients of one adapter as one flat buffer: `adaptation.bucket().all_reduce()` averages them over the processes of
+        torch.distributed, for a loop of your own whose model no DistributedDataParallel wraps."""
+        return Bucket(self.parameters(name), group)
+
     def optimizer(
         self,
         lr: float = 1e-3,
@@ -264,7 +285,7 @@ class Adaptation:
 
     def save(self, path: str | Path, name: str | None = None) -> Path:
         """Write one adapter to a folder: tensors as they are trained, method, base fingerprint. A crash leaves the previous
-        one whole."""
+        one whole. Where the base is cut over processes each must call this, and the first one writes."""
         from .saving import save
 
         return save(self, path, name)
@@ -313,7 +334,7 @@ def adapt(
     targets: Any = "all-linear",
     exclude: Any = (),
     name: str = "default",
-    extras: Sequence[str] = (),
+    extras: str | Sequence[str] = (),
     batches: Iterable[Any] | None = None,
     loss: LossFunction | None = None,
     seed: int = 0,
@@ -335,7 +356,9 @@ def adapt(
         targets: "all-linear" (no heads, routers, embeddings), "all", names, globs, row slices ("c_attn[q]").
         exclude: patterns taken out again.
         name: of this adapter; a model may carry several. The new one is switched on alone.
-        extras: modules (heads) whose parameters train whole, in copies that belong to the adapter.
+        extras: what trains whole, in copies that belong to the adapter: modules (a head) and parameters by name or glob
+            ("classifier", "*.bias", "cls_token"), "biases" (of the adapted modules), "all-biases", "norms", and rows of a weight
+            ("embed_tokens[50:52]" after resize_token_embeddings), stored as these rows. Tied weights stay tied.
         batches: what a data-driven init looks at, and what the probe runs; any iterable of model inputs.
         loss: loss(model, batch) -> scalar, for gradient-driven inits and the probe.
         seed: of every random start; the same seed gives the same tensors on every machine.
@@ -384,7 +407,7 @@ def adapt(
             _add_extras(store, member, m, sites, extras)
             store.switch({name: 1.0})
             watch = CallWatch(store, member)
-            silent = probe(store, member, seen, loss, chosen.automatic) if seen is not None else []
+            silent = in_all(probe(store, member, seen, loss, chosen.automatic)) if seen is not None else []
         except BaseException:
             handle.remove(name)
             store.switch(on_before)
@@ -394,8 +417,10 @@ def adapt(
         handle.remove(name)  # once more without the sites that "all-linear" chose and that no gradient reaches
         dropped += silent
         structures = {key: structure for key, structure in structures.items() if key not in dict(silent)}
+        if not structures:
+            raise InactiveError("no gradient reaches any site: the loss does not depend on what the model gives")
     store.plan, store.memory = plan, memory
-    store.watchers += [OwnUpdate(a)] if seen is not None else [watch, OwnUpdate(a)]
+    store.watchers += [InputGradients(store, member), OwnUpdate(a), *([watch] if seen is None else [])]
     return handle
 
 
@@ -418,7 +443,8 @@ def _statistics(
     """(what the init asked for, by site; the sites that no gradient reached)."""
     wanted: dict[str, tuple[Site, Statistic]] = {}
     for site in sites:
-        statistic = m.init.collect(site, _roles(m.structure, specs_of(m.structure, site)))
+        collect_one = m.init.collect if site.batch is None else partial(collect_stack, m.init)
+        statistic = collect_one(site, _roles(m.structure, specs_of(m.structure, site)))
         if statistic is not None:
             wanted[site.key] = (site, statistic)
     if not wanted:
@@ -442,7 +468,11 @@ def _allocate(
         return {s.key: m.structure for s in sites}, []
     scores = {}
     for site in sites:  # a site without a statistic (an embedding) keeps its rank
-        found = m.init.scores(site, statistics[site.key]) if site.key in statistics else None
+        statistic = statistics.get(site.key)
+        if isinstance(statistic, Stacked):
+            found = score_stack(m.init, site, statistic)
+        else:
+            found = m.init.scores(site, statistic) if statistic is not None else None
         if found is not None:
             scores[site.key] = found
     core: Any = m.structure.core
@@ -458,30 +488,23 @@ def _allocate(
 def _filler(m: Method, statistics: Mapping[str, Statistic], seed: int) -> Any:
     def fill(site: Site, structure: Structure, base: Base, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
         roles = _roles(structure, specs)
+        fill_one = m.init.fill if site.batch is None else partial(fill_stack, m.init)
         with torch.no_grad():
-            values = m.init.fill(
-                site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key))
-            )
+            values = fill_one(site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key)))
         names = {spec.role: n for n, spec in specs.items() if spec.role in values and (spec.trainable or spec.role.endswith("0"))}
         return {names[role]: value for role, value in values.items() if role in names}
 
     return fill
 
 
-def _add_extras(store: Store, member: Member, m: Method, sites: Sequence[Site], extras: Sequence[str]) -> None:
-    model = store.model
-    modules = {n: mod for n, mod in model.named_modules() if n != "rankfold" and not n.startswith("rankfold.")}
-    for wanted in [extras] if isinstance(extras, str) else extras:
-        hits = [n for n in modules if n == wanted or n.endswith("." + wanted)]
-        if not hits:
-            raise UnknownName.of("module for extras", wanted, modules)
-        for hit in hits:
-            for inner, module in modules[hit].named_modules():
-                path = ".".join(p for p in (hit, inner) if p)
-                for param in list(module._parameters):
-                    add_extra(store, member, path, param)
+def _add_extras(store: Store, member: Member, m: Method, sites: Sequence[Site], extras: str | Sequence[str]) -> None:
+    patterns = [extras] if isinstance(extras, str) else list(extras)
+    for wanted in find_extras(store.model, patterns, sites):
+        add_extra(store, member, wanted.module, wanted.param, rows=wanted.rows, named=wanted.named)
     if trait(m.structure, "owns"):  # a full copy of every weight means every other parameter too
-        covered = {id(s.base.module.weight) for s in member.slots.values() if s.base is not None}
+        covered = {id(weight_of(s.base.module, s.site)) for s in member.slots.values() if s.base is not None}
+        modules = {n: mod for n, mod in store.model.named_modules() if n.partition(".")[0] != "rankfold"}
+        covered |= {id(modules[e.module]._parameters[e.param]) for e in member.extras.values()}
         for path, module in modules.items():
             for param, value in list(module._parameters.items()):
                 if value is not None and id(value) not in covered:
@@ -497,15 +520,19 @@ class OwnUpdate:
         self.attached = attached
         self.member = attached.member
         self.seen: int | None = None
+        self.sample: list[Tensor] = []
 
     def before_forward(self, store: Store) -> None:
         a = self.attached
         if not (a.method.update.own or a.method.rank.steps) or not store.model.training:
             return
-        keys = [k for k in a.member.owned() if store.tensor(k).requires_grad]
-        version = sum(store.tensor(k)._version for k in keys)
+        tensors = [t for t in map(store.tensor, a.member.owned()) if t.requires_grad]
+        version = sum(t._version for t in tensors)
+        # fused optimizers leave the versions as they are; where ours was never made, it is worth looking at the values
+        sample = [t.detach().flatten()[:16].clone() for t in tensors] if a.engine is None else []
+        drifted = any(not torch.equal(now, then) for now, then in zip(sample, self.sample))
         by_us = a.engine is not None and a.engine.moved
-        if self.seen is not None and version != self.seen and not by_us:
+        if self.seen is not None and (version != self.seen or drifted) and not by_us:
             what = f"update {a.method.update.name!r}" if a.method.update.own else f"rank policy {a.method.rank.name!r}"
             raise InactiveError(
                 f"adapter {a.member.name!r}: another optimizer moved its tensors, so {what} did nothing. "
@@ -513,7 +540,7 @@ class OwnUpdate:
             )
         if a.engine is not None:
             a.engine.moved = False
-        self.seen = version
+        self.seen, self.sample = version, sample
 
     def after_forward(self, store: Store) -> None:
         return None

@@ -27,7 +27,18 @@ from .adaptation import Adaptation
 from .engine import Engine
 from .saving import name_in_store, record_of
 
-__all__ = ["ADAPTER", "RunState", "flatten", "has_checkpoint", "load_checkpoint", "restore", "save_checkpoint", "unflatten"]
+__all__ = [
+    "ADAPTER",
+    "RunState",
+    "flatten",
+    "has_checkpoint",
+    "load_checkpoint",
+    "put_back",
+    "restore",
+    "save_checkpoint",
+    "take_up",
+    "unflatten",
+]
 
 ADAPTER = "adapter"
 VERSION = 1
@@ -121,17 +132,25 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / "state.json").is_file()
 
 
-def save_checkpoint(folder: str | Path, adaptation: Adaptation, state: RunState, name: str | None = None) -> Path:
+def save_checkpoint(
+    folder: str | Path, adaptation: Adaptation, state: RunState, name: str | None = None, write: bool = True
+) -> Path:
     """Write the run; until it is whole the folder's former checkpoint stays.
+
+    Args:
+        write: False for a process that only takes part, where the base is cut over several.
 
     Raises:
         FileError: a full disk or a place that can't be written; the former checkpoint is untouched.
         NumericError: NaN or Inf in a tensor of the adapter.
     """
+    record = record_of(adaptation, name)
+    if not write:
+        return Path(folder)
     tensors: dict[str, Tensor] = {}
     tree = flatten({"optimizer": state.optimizer, "engine": state.engine, "best": state.best, "history": state.history}, tensors)
     with atomic_folder(folder) as writing:
-        save_native(writing / ADAPTER, record_of(adaptation, name))
+        save_native(writing / ADAPTER, record)
         write_tensors(writing / "state.safetensors", tensors, finite=False)  # a moment may be Inf without harm
         write_json(writing / "state.json", {"schema": VERSION, "step": state.step, "identity": state.identity, "tree": tree})
     return Path(folder)
@@ -148,7 +167,8 @@ def load_checkpoint(folder: str | Path) -> RunState:
         raise FileError(f"{folder}: no checkpoint of a run here; start one without --resume")
     document = read_json(folder / "state.json", _STATE)
     tree = unflatten(document["tree"], read_tensors(folder / "state.safetensors", finite=False))
-    parts = {part: tree.get(part) for part in ("optimizer", "engine", "best", "history")}
+    known = tree if isinstance(tree, dict) else {}
+    parts: dict[str, Any] = {part: known.get(part) for part in ("optimizer", "engine", "best", "history")}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{folder}: the state of a run is damaged: parts are missing")
     return RunState(document["step"], document["identity"], **parts)
@@ -160,13 +180,23 @@ def restore(folder: str | Path, adaptation: Adaptation, state: RunState, name: s
     Raises:
         FileError: the adaptation has other sites, ranks or tensors than the saved one.
     """
+    put_back(Path(folder) / ADAPTER, adaptation, name)
+    take_up(adaptation, state.engine, name)
+
+
+def put_back(folder: str | Path, adaptation: Adaptation, name: str | None = None) -> None:
+    """The tensors of a saved adapter in the place of those of the same adapter, as it stands now.
+
+    Raises:
+        FileError: another method, or other sites, ranks or tensors.
+    """
     attached = adaptation._get(name)
-    saved = load_native(Path(folder) / ADAPTER)
+    saved = load_native(folder)
     here = record_of(adaptation, name)
     if saved.method != here.method or saved.tensors.keys() != here.tensors.keys() or saved.extras.keys() != here.extras.keys():
         raise FileError(
             f"{folder}: holds a run of {saved.method!r} at {len(saved.tensors)} sites; this adapter is {here.method!r} at "
-            f"{len(here.tensors)}. Start from what was saved: rf.load(model, {str(Path(folder) / ADAPTER)!r})"
+            f"{len(here.tensors)}. Start from what was saved: rf.load(model, {str(folder)!r})"
         )
     with torch.no_grad():
         for key, slot in attached.member.slots.items():
@@ -177,9 +207,22 @@ def restore(folder: str | Path, adaptation: Adaptation, state: RunState, name: s
             _copy(adaptation, name_in_store(attached.member.name, short), value, folder)
         for extra in attached.member.extras.values():
             _copy(adaptation, extra.key, saved.extras[extra.name], folder)
+    if attached.engine is not None:
+        attached.engine.moved = True  # it was us, and no foreign optimizer
+
+
+def take_up(adaptation: Adaptation, engine: Mapping[str, Any], name: str | None = None) -> None:
+    """A policy at work as it was when `Engine.state_dict` was taken, for the optimizer that is made next.
+
+    Raises:
+        FileError: saved for other sites or ranks.
+    """
+    attached = adaptation._get(name)
+    if attached.engine is not None:
+        attached.engine.uninstall()
     attached.engine = Engine(attached.method.rank, attached.method.losses, adaptation.store, attached.member)
-    attached.engine.load_state_dict(state.engine)
-    attached.engine.moved = True  # it was us, and no foreign optimizer
+    attached.engine.load_state_dict(engine)
+    attached.engine.moved = True
 
 
 def _copy(adaptation: Adaptation, key: str, value: Tensor, folder: str | Path) -> None:
@@ -187,6 +230,6 @@ def _copy(adaptation: Adaptation, key: str, value: Tensor, folder: str | Path) -
     if tensor.shape != value.shape:
         raise FileError(
             f"{folder}: {key} was {tuple(value.shape)} when saved and is {tuple(tensor.shape)} here: its rank changed during the "
-            f"run. Start from what was saved: rf.load(model, {str(Path(folder) / ADAPTER)!r})"
+            f"run. Start from what was saved: rf.load(model, {str(folder)!r})"
         )
     tensor.copy_(value)

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.core.sharding import is_sharded
 from rankfold.core.store import Member, Store
 from rankfold.core.structure import added
 from rankfold.errors import FileError, InactiveError, OptionError
 
+from .bucket import Bucket
 from .contracts import POINTS, Edit, Loss, RankPolicy, SiteView
 from .edits import apply, keys_by_role
+from .processes import process_count
 
 __all__ = ["Engine"]
 
@@ -30,6 +33,8 @@ class Engine:
         touched: tensors changed by edits so far, by kind of edit.
         history: (step, {site: rank}) at the start and after every change of a rank.
         paces: {tensor: factor per entry by which it moves}; 0 is frozen.
+        averages: before each step, average the gradients over processes where the base is cut over them (else whoever
+            replicated the model does); False for a loop that has done it itself.
     """
 
     def __init__(self, policy: RankPolicy, losses: Sequence[Loss], store: Store, member: Member) -> None:
@@ -38,6 +43,7 @@ class Engine:
         self.moved = False
         self.touched: dict[str, int] = {}
         self.paces: dict[str, Tensor] = {}
+        self.averages = True
         self.state: dict[str, dict[str, Tensor]] = {key: {} for key in member.slots}
         self.reached: set[str] = set()
         self.calls = 0
@@ -132,6 +138,8 @@ class Engine:
         return self._total if self._total is not None else self.step + 1
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.averages and process_count() > 1 and is_sharded(self.store.model):
+            Bucket([t for key in self.member.owned() if (t := self.store.tensor(key)).requires_grad]).all_reduce()
         self._look_for_gradients()
         for point in ("after_backward", "after_clip"):
             self.run(point, self.step + 1, self._length(), optimizer)

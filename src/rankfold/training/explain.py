@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.core import planner
 from rankfold.core.host import site_program
+from rankfold.core.kinds import kind_named
 from rankfold.core.store import store_of
 from rankfold.errors import LayoutError
 
@@ -35,5 +35,5 @@ def explain(model: nn.Module, tokens: int = 256) -> list[dict[str, Any]]:
                 continue
             program = site_program(store, [slot], training=False)
             x = torch.zeros(1, slot.site.shape[1], dtype=slot.base.dtype, device=slot.base.device) if program.needs_x else None
-            rows.append({"site": key, "adapter": name, **planner.explain(program, tokens, store.memory, x)})
+            rows.append({"site": key, "adapter": name, **kind_named(slot.site.kind).explain(program, tokens, store.memory, x)})
     return rows

@@ -29,15 +29,19 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from rankfold.core.options import Options
-from rankfold.errors import FileError, InactiveError, NumericError, OptionError
+from rankfold.core.sharding import is_sharded
+from rankfold.errors import FileError, InactiveError, LayoutError, NumericError, OptionError
 from rankfold.linalg.random import Random
 
 from .activations import recomputing
 from .adaptation import Adaptation
 from .batches import Source, as_source, to_device
+from .bucket import Bucket
 from .checkpoints import RunState, has_checkpoint, load_checkpoint, restore, save_checkpoint
 from .finding import first_bad_place
 from .machine import mark_memory, peak_memory
+from .prints import fingerprint
+from .processes import leave_at_exit, process_count, require_same
 from .progress import Progress
 from .schedules import rate_factor
 
@@ -124,6 +128,15 @@ class History:
         return [record["loss"] for record in self.steps]
 
 
+def _refuse_foreign_sharding(kind: str) -> None:
+    """Accelerate's own ways of cutting a model over processes act when it wraps the model, which this loop leaves alone."""
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise LayoutError(
+            f"accelerate is set to {kind}, which this loop doesn't use. Start with torchrun, or accelerate without it. To cut "
+            f"the base over processes call rf.shard(model): torch's FSDP2"
+        )
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a request to end: the run was saved first; the message says where, and how to go on."""
 
@@ -181,9 +194,11 @@ def train(
                     on_step(record)
                 if run.evaluation_is_due():
                     run.evaluate()
-                if signals.asked:
+                asked, due = run.agreed(signals.asked, run.checkpoint_is_due())
+                if asked:
                     raise run.interrupted()
-                run.checkpoint_if_due()
+                if due:
+                    run.checkpoint()
             run.end()
         finally:
             model.train(mode)
@@ -213,6 +228,14 @@ class _Run:
         # several processes on processors must be asked for; alone, the state that all Accelerators share stays as it is
         many = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(cpu=True) if many and self.device.type == "cpu" else Accelerator()
+        _refuse_foreign_sharding(str(self.accelerator.distributed_type.value))
+        if is_sharded(model) and process_count() != self.accelerator.num_processes:
+            raise LayoutError(
+                f"the model is cut over {process_count()} processes, but accelerate sees {self.accelerator.num_processes}: start "
+                f"with torchrun or accelerate launch"
+            )
+        if many:
+            leave_at_exit()
         per_step = settings.grad_accum * self.accelerator.num_processes
         self.epoch_steps = -(-len(source) // per_step)
         planned = max(1, math.ceil(settings.epochs * self.epoch_steps))
@@ -250,8 +273,11 @@ class _Run:
         self.engine = self.attached.engine
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        # more than one process: gradients are averaged in the backward pass
-        self.wrapped = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
+        self.engine.averages = False  # this loop does it, before it clips
+        if self.accelerator.num_processes > 1:
+            if not is_sharded(self.model):
+                require_same("base models", fingerprint(self.model).hash)
+            Bucket(list(self.adaptation.tensors(self.name).values())).broadcast()
         if saved is not None:
             self._take_over(saved)
         elif self.evaluation is not None and s.evaluate_first:
@@ -285,16 +311,16 @@ class _Run:
         self.engine.run("before_forward", t, self.total, self.optimizer)
         mean = 0.0
         for k, (batch, weight) in enumerate(zip(batches, weights)):
-            last = k == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                self._seed(k)
-                share = weight / whole * self.accelerator.num_processes
-                value = self.loss(batch, self.wrapped) * share
-                if not torch.isfinite(value):
-                    raise self._not_finite("loss", float(value.detach()), batch, k)
-                if value.requires_grad:
-                    self.accelerator.backward(value)
-                mean += float(value.detach())
+            self._seed(k)
+            share = weight / whole * self.accelerator.num_processes
+            value = self.loss(batch, self.model) * share
+            if not torch.isfinite(value) and self.accelerator.num_processes == 1:  # several agree on it by the gradient
+                raise self._not_finite("loss", float(value.detach()), batch, k)
+            if value.requires_grad:
+                self.accelerator.backward(value)
+            mean += float(value.detach())
+        if self.accelerator.num_processes > 1:
+            self.adaptation.bucket(self.name).all_reduce()
         norm = float(torch.nn.utils.get_total_norm(self._gradients()))
         if not math.isfinite(norm):  # before the policy looks at the gradients: its memory stays clean
             raise self._not_finite("gradient", norm, batch, len(batches) - 1)
@@ -405,22 +431,28 @@ class _Run:
 
     # files
 
-    def checkpoint_if_due(self) -> None:
+    def checkpoint_is_due(self) -> bool:
         """Every so many minutes."""
         minutes = self.settings.checkpoint_minutes
-        if self.settings.folder is not None and minutes and time.monotonic() - self.saved_at > 60 * minutes:
-            self.checkpoint()
+        return self.settings.folder is not None and bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
+
+    def agreed(self, *wishes: bool) -> list[bool]:
+        """Of each wish, whether any process has it: they stop and save together."""
+        if self.accelerator.num_processes == 1:
+            return list(wishes)
+        counts = self.accelerator.reduce(torch.tensor(wishes, dtype=torch.float32, device=self.device))
+        return [count > 0 for count in counts.tolist()]
 
     def checkpoint(self) -> None:
-        """Write the run as it stands after `step` steps."""
+        """Write the run as it stands after `step` steps; every process takes part, the first one writes."""
         folder = self.settings.folder
         assert folder is not None
         self._clock()
-        if self.accelerator.is_main_process:
-            state = RunState(
-                self.step, self._identity(), self.optimizer.state_dict(), self.engine.state_dict(), self.best, vars(self.history)
-            )
-            save_checkpoint(folder, self.adaptation, state, self.name)
+        state = RunState(
+            self.step, self._identity(), self.optimizer.state_dict(), self.engine.state_dict(), self.best, vars(self.history)
+        )
+        save_checkpoint(folder, self.adaptation, state, self.name, write=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()  # whoever goes on from it finds it whole
         self.saved_at = time.monotonic()
 
     def interrupted(self) -> Interrupted:

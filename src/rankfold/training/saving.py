@@ -15,20 +15,25 @@ from torch import Tensor, nn
 from rankfold.adapters.adapter import Adapter, Entry
 from rankfold.adapters.fingerprint import compare
 from rankfold.adapters.native import NativeAdapter, SiteRecord, load_native, save_native
-from rankfold.core.attaching import add_extra, attach, specs_of
+from rankfold.adapters.rows import split_rows
+from rankfold.core.attaching import attach, specs_of
+from rankfold.core.checkpointing import InputGradients
+from rankfold.core.extras import add_extra
 from rankfold.core.host import site_program
 from rankfold.core.planner import require_known
 from rankfold.core.probing import CallWatch
+from rankfold.core.sharding import is_sharded
 from rankfold.core.site import Site
-from rankfold.core.store import Member, Slot, Store, store_of
+from rankfold.core.store import Extra, Member, Slot, Store, store_of
 from rankfold.core.structure import SideModule, Structure
 from rankfold.core.targets import every_site
-from rankfold.errors import CompositionError, FileError, FingerprintError, RankfoldError, nearest
+from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, RankfoldError, nearest
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
 
 from .adaptation import Adaptation, Attached, OwnUpdate, member_store
 from .method import method
 from .prints import fingerprint
+from .processes import is_first
 
 if TYPE_CHECKING:
     from rankfold.core.base import Base
@@ -86,7 +91,14 @@ def _shared(slots: Mapping[str, Slot], owner: str) -> set[str]:
 
 def save(adaptation: Adaptation, path: str | Path, name: str | None = None) -> Path:
     """See `Adaptation.save`."""
-    save_native(path, record_of(adaptation, name))
+    record = record_of(adaptation, name)
+    cut = is_sharded(adaptation.model)
+    try:
+        if not cut or is_first():
+            save_native(path, record)
+    finally:
+        if cut:
+            torch.distributed.barrier()  # afterwards it is there for all
     return Path(path)
 
 
@@ -152,8 +164,7 @@ def attach_record(
     try:
         _check_shared(record, store, member, source)
         for full, value in record.extras.items():
-            owner, _, param = full.rpartition(".")
-            extra = add_extra(store, member, owner, param, alone=full in record.untied)
+            extra = _extra(store, member, full, alone=full in record.untied)
             if extra is None or store.tensor(extra.key).shape != value.shape:
                 raise FileError(f"{source}: extra tensor {full!r} {tuple(value.shape)} does not fit this model")
             store.replace(extra.key, value.to(store.tensor(extra.key)))
@@ -163,8 +174,21 @@ def attach_record(
         store.switch(on_before)
         raise
     store.plan, store.memory = plan, memory
-    store.watchers += [CallWatch(store, member), OwnUpdate(a)]
+    store.watchers += [InputGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
     return handle
+
+
+def _extra(store: Store, member: Member, full: str, alone: bool) -> Extra | None:
+    """The extra tensor of that name at its start; None where the model has no such parameter, or not these rows."""
+    name, rows = split_rows(full)
+    owner, _, param = name.rpartition(".")
+    if rows is not None:
+        parameter = dict(store.model.named_parameters(remove_duplicate=False)).get(name)
+        try:
+            rows = None if parameter is None else split_rows(full, parameter.shape[0])[1]
+        except OptionError:
+            return None
+    return add_extra(store, member, owner, param, alone, rows)
 
 
 def _serves(shared_name: str, site: Site) -> bool:
@@ -194,6 +218,10 @@ def fitting_site(item: SiteRecord | Entry, known: Mapping[str, Site], source: st
     if item.rows is not None:
         site = replace(site, rows=item.rows, shape=(item.rows[1] - item.rows[0], site.shape[1]))
     outside = item.rows is not None and item.rows[1] > total
+    if item.batch != site.batch:
+        raise FileError(
+            f"{source}: {item.key} changes a stack of {item.batch or 1}; in this model {item.name} is one of {site.batch or 1}"
+        )
     if outside or item.shape != site.shape or (item.kind == "embedding") != (site.kind == "embedding"):
         raise FileError(
             f"{source}: {item.key} changes a map {item.shape} ({item.kind}); in this model {item.name} is "
@@ -208,7 +236,7 @@ def _site(item: SiteRecord, known: Mapping[str, Site], modules: Mapping[str, nn.
             close = ", ".join(nearest(item.name, modules))
             raise FileError(f"{source}: this model has no module {item.name!r}; nearest: {close}")
         return Site(item.name, item.shape, item.kind)
-    return replace(fitting_site(item, known, source), batch=item.batch, group=item.group, tied=item.tied)
+    return replace(fitting_site(item, known, source), group=item.group, tied=item.tied)
 
 
 def _check_shared(record: NativeAdapter, store: Store, member: Member, source: str) -> None:
@@ -245,7 +273,7 @@ def normal_form(adaptation: Adaptation, name: str | None = None, rank: int | Non
     for key, slot in a.member.slots.items():
         if isinstance(slot.structure, SideModule):
             raise CompositionError(f"{a.method}: a side module is no change of a weight; no other tool's adapter form holds it")
-        program = site_program(adaptation.store, [slot], training=False)
+        program = site_program(adaptation.store, [slot], training=False, outside=True)
         if not program.dense_ok:
             raise CompositionError(f"{a.method}: the change depends on the input, so it is no fixed matrix; it can't be exported")
         expr = program.expression()
@@ -264,17 +292,20 @@ def _entry(adaptation: Adaptation, slot: Slot, expr: Operator, base: Base, rank:
         magnitude, expr = expr.m.detach().cpu(), expr.inner
     low = _low(expr, base)
     if low is not None:
-        B, A, scale, error = low.B, low.A, float(low.scale), 0.0
-        if low.diag is not None or low.core is not None:
+        B, A, scale, error = low.B, low.A, low.scale, 0.0
+        by_map = isinstance(scale, Tensor) and scale.ndim > 0
+        if low.diag is not None or low.core is not None or by_map:
             (B, A), scale = low.factors(), 1.0
-        if rank is not None and rank < A.shape[0]:
+        if rank is not None and rank < A.shape[-2]:
             B, A, error = low.to_lowrank(rank)
             scale = 1.0
     else:
         B, A, error = difference(expr, base).to_lowrank(rank)
         scale = 1.0
-    B, A = B.detach().cpu().contiguous(), A.detach().cpu().contiguous()
-    return Entry(site.name, B, A, scale, site.kind, site.rows, total, magnitude), error
+    lead = () if site.batch is None else (site.batch,)  # a factor that all maps of a stack share is written for each
+    B, A = (t.detach().cpu().expand(*lead, *t.shape[-2:]).contiguous() for t in (B, A))
+    kernel = getattr(base.module, "kernel_size", None) if site.kind == "convolution" else None
+    return Entry(site.name, B, A, float(scale), site.kind, site.rows, total, magnitude, kernel=kernel), error
 
 
 def _low(expr: Operator, base: Base) -> LowRank | None:

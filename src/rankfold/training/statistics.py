@@ -9,18 +9,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.kinds import kind_named
+from rankfold.core.bases import is_packed
+from rankfold.core.kinds import kind_named, weight_of
 from rankfold.core.probing import call_model, unchanged
+from rankfold.core.sharding import close
 from rankfold.core.site import Site
 from rankfold.core.store import store_of
 from rankfold.errors import BudgetError, DataError, InactiveError, LayoutError, NumericError, OptionError
+from rankfold.linalg.sharded import whole
 
 from .contracts import Statistic
+from .processes import process_count
 
 __all__ = ["MODES", "Plan", "collect", "plan"]
 
@@ -60,7 +65,8 @@ def plan(wanted: Wanted, mode: str = "joint") -> Plan:
     blocks = _blocks(wanted, mode)
     peaks = []
     for block in blocks:
-        dense = [4 * wanted[k][0].shape[0] * wanted[k][0].shape[1] for k in block if wanted[k][1].source == "gradient"]
+        shapes = [(wanted[k][0].batch or 1, *wanted[k][0].shape) for k in block if wanted[k][1].source == "gradient"]
+        dense = [4 * prod(shape) for shape in shapes]
         peaks.append(sum(sites[k] for k in block) + max(dense, default=0))
     return Plan(sites, max(peaks, default=0), len(blocks))
 
@@ -149,6 +155,7 @@ def collect(
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode, adapters off; afterwards gradients, `requires_grad` and whatever `unchanged` looks after are as they were."""
+    close(model)
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     store = store_of(model)
     with ExitStack() as stack:
@@ -191,11 +198,11 @@ class _Pass:
         self.modules = dict(model.named_modules())
         self.batch: Any = None
         self.call: Mapping[str, Any] = {}
-        self.fired: set[int] = set()
+        self.fired: set[int | str] = set()
 
     def share(self, wanted: Wanted, batch: Any) -> dict[str, tuple[Site, Statistic]]:
         """The same with one statistic for all sites that read the same tensors at every call of a first forward pass."""
-        inputs = {key: (site, s) for key, (site, s) in wanted.items() if s.source == "input"}
+        inputs = {key: (site, s) for key, (site, s) in wanted.items() if s.source == "input" and kind_named(site.kind).flat}
         if len(inputs) < 2:
             return dict(wanted)
         seen = _Seen()
@@ -218,7 +225,7 @@ class _Pass:
         """Show the batches to these statistics until all are done; join processes; give the keys that saw something."""
         reached: set[str] = set()
         distinct = list({id(s): s for _, s in wanted.values()}.values())
-        joint = _processes() > 1
+        joint = process_count() > 1
         hooks = [*self._input_hooks(wanted, reached), *self._gradient_hooks(wanted, reached)]
         try:
             for k, batch in enumerate(batches, 1):
@@ -233,7 +240,7 @@ class _Pass:
             _remove(hooks)
             for site, statistic in wanted.values():
                 if statistic.source == "gradient":
-                    getattr(self.modules[site.module], site.param).requires_grad_(False)
+                    weight_of(self.modules[site.module], site).requires_grad_(False)
         if joint:
             reached = _join(distinct, wanted, reached)
         never = [key for key, (_, s) in wanted.items() if s.source == "input" and key not in reached]
@@ -276,8 +283,11 @@ class _Pass:
     # inputs
 
     def _on_input(self, name: str, see: Callable[[Tensor], Any]) -> Any:
+        return self._on_call_of(name, lambda module, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))))
+
+    def _on_call_of(self, name: str, see: Callable[[nn.Module, tuple, dict], Any]) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(args[0] if args else next(iter(kwargs.values())))
+            see(module, args, kwargs)
 
         return self.modules[name].register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -292,41 +302,77 @@ class _Pass:
     def _feed(self, leader: tuple[Site, Statistic], keys: Sequence[str], reached: set[str]) -> Any:
         site, statistic = leader
 
-        def see(x: Tensor) -> None:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
             reached.update(keys)
             if not statistic.done:
-                rows = self._rows(x.detach())
-                _require_finite(rows, site, "input")
-                statistic.observe(rows)
+                with torch.no_grad():
+                    rows = kind_named(site.kind).inputs(module, site, args, kwargs, self._keep)
+                for part in [rows] if isinstance(rows, Tensor) else rows:
+                    _require_finite(part, site, "input")
+                statistic.observe(rows)  # type: ignore[arg-type]
 
-        return self._on_input(site.name, see)
+        return self._on_call_of(site.module, see)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """[tokens, in]: padding left out, and where asked what has no label."""
+    def _keep(self, lead: torch.Size) -> Tensor | None:
+        """Which of the rows of an input [*lead, in] count: padding is left out, and where asked what has no label."""
         keep: Tensor | None = None
         for name in ("attention_mask", "labels") if self.drop_unlabelled else ("attention_mask",):
             value = self.call.get(name)
             if value is None and hasattr(self.batch, "keys"):
                 value = self.batch[name] if name in self.batch.keys() else None  # noqa: SIM118  (a BatchEncoding, not a dict)
-            if isinstance(value, Tensor) and value.shape == x.shape[:-1]:
-                here = value != -100 if name == "labels" else value.bool()
+            if isinstance(value, Tensor) and (value.shape == lead or (len(lead) == 1 and value.numel() == lead[0])):
+                here = (value != -100 if name == "labels" else value.bool()).reshape(lead)
                 keep = here if keep is None else keep & here
-        return x.reshape(-1, x.shape[-1]) if keep is None else x[keep.to(x.device)]
+        return keep
 
     # gradients
 
     def _gradient_hooks(self, wanted: Wanted, reached: set[str]) -> list[Any]:
         """One hook per weight: tied sites and row slices of one weight are fed from one gradient."""
         users: dict[int, tuple[nn.Parameter, list[str]]] = {}
+        packed: dict[str, list[str]] = {}
         for key, (site, statistic) in wanted.items():
             if statistic.source != "gradient":
                 continue
-            weight = getattr(self.modules[site.module], site.param)
+            if is_packed(self.modules[site.module]):
+                packed.setdefault(site.module, []).append(key)
+                continue
+            weight: Any = weight_of(self.modules[site.module], site)
             if not weight.is_floating_point():
                 raise LayoutError(f"{key}: its weight is stored as {weight.dtype}, which has no gradient; load it in bfloat16")
             weight.requires_grad_(True)
             users.setdefault(id(weight), (weight, []))[1].append(key)
-        return [self._hand_over(weight, [(k, *wanted[k]) for k in keys], reached) for weight, keys in users.values()]
+        hooks = [self._hand_over(weight, [(k, *wanted[k]) for k in keys], reached) for weight, keys in users.values()]
+        return hooks + [h for path, keys in packed.items() for h in self._beside(path, [(k, *wanted[k]) for k in keys], reached)]
+
+    def _beside(self, path: str, users: Sequence[tuple[str, Site, Statistic]], reached: set[str]) -> list[Any]:
+        """A packed weight gets no gradient of its own: gᵀ x from the input of its module and the gradient of what comes out."""
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            if args and torch.is_grad_enabled() and not args[0].requires_grad:  # then nothing before it trains
+                return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+            return None
+
+        def leave(module: nn.Module, args: tuple, y: Tensor) -> None:
+            if y.requires_grad:
+                x = args[0].detach()
+                y.register_hook(lambda g: take(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])))
+
+        def take(g: Tensor, x: Tensor) -> None:
+            if path in self.fired:
+                raise LayoutError(
+                    f"{users[0][0]}: its module is called several times in one pass, so its gradient comes in pieces"
+                )
+            self.fired.add(path)
+            for key, site, statistic in users:
+                G = g.mT @ x if site.rows is None else g[:, slice(*site.rows)].mT @ x
+                _require_finite(G, site, "gradient")
+                reached.add(key)
+                if not statistic.done:
+                    statistic.observe(G)
+
+        module = self.modules[path]
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def _hand_over(self, weight: nn.Parameter, users: Sequence[tuple[str, Site, Statistic]], reached: set[str]) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -337,10 +383,10 @@ class _Pass:
                     f"{users[0][0]}: its gradient comes in pieces; use gradient checkpointing with use_reentrant=False"
                 )
             self.fired.add(id(parameter))
-            grad = grad.to_dense() if grad.is_sparse else grad
+            grad = whole(grad.to_dense() if grad.is_sparse else grad)  # where W is cut, the mean over the processes
             for key, site, statistic in users:
                 G = kind_named(site.kind).view(grad, site)
-                G = G if site.rows is None else G[site.rows[0] : site.rows[1]]
+                G = G if site.rows is None else G[..., site.rows[0] : site.rows[1], :]
                 _require_finite(G, site, "gradient")
                 reached.add(key)
                 if not statistic.done:
@@ -360,11 +406,6 @@ def _require_finite(value: Tensor, site: Site, what: str) -> None:
         raise NumericError(f"statistics: {site.key}: {bad} of {value.numel()} values of its {what} are NaN or Inf")
 
 
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def _join(distinct: Sequence[Statistic], wanted: Wanted, reached: set[str]) -> set[str]:
     """Every process gets the statistic of all data, and the keys that any of them saw."""
     on_gpu = torch.distributed.get_backend() == "nccl"
@@ -373,7 +414,7 @@ def _join(distinct: Sequence[Statistic], wanted: Wanted, reached: set[str]) -> s
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     for statistic in distinct:
         local = statistic.state()
-        states: list[dict[str, Tensor]] = [{} for _ in range(_processes())]
+        states: list[dict[str, Tensor]] = [{} for _ in range(process_count())]
         for name, tensor in local.items():
             sent = tensor.to(device).contiguous()
             parts = [torch.empty_like(sent) for _ in states]

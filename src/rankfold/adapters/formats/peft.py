@@ -22,6 +22,9 @@ from ..adapter import Adapter, Entry
 from ..algebra import join_rows
 from ..files import LIMITS, Limits, atomic_folder, read_json, read_tensors, recover_folder, write_json, write_tensors
 from ..fingerprint import fingerprint
+from . import peft_multihead as multihead
+from . import peft_stacks as stacks
+from . import peft_tokens
 
 __all__ = ["CONFIG", "TENSORS", "read_peft", "write_peft"]
 
@@ -36,7 +39,7 @@ HARMLESS = {
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config",
-    "velora_config", "ensure_weight_tying",
+    "velora_config", "ensure_weight_tying", "target_parameters", "trainable_token_indices",
 }  # fmt: skip
 # inits after which peft's base is no longer the checkpoint: the stored factors alone do not give the function
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,7 +52,8 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
     """Write the adapter as a folder that peft loads, and return notes on what a reader should know.
 
     Row slices are joined into one entry of their weight (exactly; ranks add). Extra tensors become `modules_to_save`, which peft
-    takes as whole modules; a bias alone goes in as a trained bias. Entries of rank 0 are left out.
+    takes as whole modules; a bias alone goes in as a trained bias, rows of an embedding as trainable tokens. Entries of rank 0
+    are left out.
 
     Args:
         base_model: what `base_model_name_or_path` says.
@@ -68,34 +72,41 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
     notes = [f"{k}: rank 0, no change, left out" for k, e in adapter.entries.items() if not e.rank and e.additive]
     entries = [e for e in adapter.entries.values() if e.rank or not e.additive]
     _writable(entries)
-    tensors: Factors = {}
+    entries = multihead.paired(entries)
+    extras, token_rows, token_values = peft_tokens.taken(adapter.extras)
+    tensors: Factors = {f"{PREFIX}{module}.{peft_tokens.PART}": t for module, t in token_values.items()}
+    places = stacks.places([e.name for e in entries if e.kind in stacks.EXPERTS]) | multihead.places(entries)
     for e in entries:
         a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{PREFIX}{e.name}.{a}"] = e.A
-        tensors[f"{PREFIX}{e.name}.{b}"] = e.B
+        where = PREFIX + places.get(e.name, e.name)
+        tensors[f"{where}.{a}"], tensors[f"{where}.{b}"] = stacks.stored(e)
         if e.magnitude is not None:
-            tensors[f"{PREFIX}{e.name}.lora_magnitude_vector"] = e.magnitude
-    names = {e.name for e in entries}
+            m = e.magnitude
+            tensors[f"{where}.lora_magnitude_vector"] = m if e.kernel is None else m.reshape(1, -1, *(1,) * len(e.kernel))
+    targets = [t for e in entries if (t := multihead.attention_of(e)) is not None]
+    names = {e.name.rpartition(".")[0] if e.kind in stacks.EXPERTS else e.name for e in targets}
     modules: set[str] = set()
     biases: set[str] = set()
-    saved = {name.rpartition(".")[0] for name in adapter.extras if not name.endswith(".bias")}
-    for name, t in adapter.extras.items():
+    saved = {name.rpartition(".")[0] for name in extras if not name.endswith(".bias")}
+    for name, value in extras.items():
         module, _, parameter = name.rpartition(".")
+        inside = any(n.startswith(module + ".") for n in names)
         if parameter == "bias" and module not in saved:
-            biases.add(module)
-            tensors[f"{PREFIX}{module}.base_layer.bias" if module in names else PREFIX + name] = t
-        elif module in names or not module:
-            raise CompositionError(
-                f"{name}: peft can't store this extra tensor: "
-                + ("its site is adapted too" if module else "it belongs to no module")
-            )
+            wrapped = places.get(module, module)
+            biases.add(module if wrapped == module else wrapped.partition(".base_layer")[0])
+            tensors[f"{PREFIX}{wrapped}.base_layer.bias" if module in names or wrapped != module else PREFIX + name] = value
+        elif inside or module in names or not module:
+            why = "it belongs to no module" if not module else "a site inside its module" if inside else "its site"
+            raise CompositionError(f"{name}: peft can't store this extra tensor: {why}{' is adapted too' if module else ''}")
         else:
-            tensors[PREFIX + name] = t
+            tensors[PREFIX + name] = value
             modules.add(module)
     if modules:
         notes.append(f"peft takes modules whole: every parameter of {', '.join(sorted(modules))} must be among the extra tensors")
     bias = "none" if not biases else "lora_only" if biases <= names else "all"
-    config = _config(entries, sorted(modules), bias, adapter.metadata, base_model)
+    config = _config(targets, sorted(modules), bias, adapter.metadata, base_model)
+    if token_rows:
+        config[peft_tokens.CONFIG_KEY] = token_rows
     with atomic_folder(path, owns=(CONFIG, TENSORS)) as folder:
         write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
@@ -114,20 +125,24 @@ def _writable(entries: list[Entry]) -> None:
             f"magnitudes at {len(entries) - len(plain)} of {len(entries)} sites (none at {plain[0]}): "
             "peft has one switch, use_dora, for all of them"
         )
+    stacked = [e.key for e in entries if e.batch is not None and e.magnitude is not None]
+    if stacked:
+        raise CompositionError(f"{stacked[0]}: magnitudes over experts or groups of a convolution; peft has DoRA for neither")
     empty = [e.key for e in entries if not e.rank]
     if empty:
         raise CompositionError(f"{empty[0]}: a magnitude over rank 0; peft needs a rank of at least 1")
 
 
 def _alpha(e: Entry) -> float:
-    alpha = e.scale * e.rank
+    alpha = e.scale * stacks.rank_of(e)
     return int(alpha) if float(alpha).is_integer() else alpha  # peft declares it as an integer
 
 
 def _config(
     entries: list[Entry], modules: list[str], bias: str, metadata: Mapping[str, Any], base_model: str | None
 ) -> dict[str, Any]:
-    rank, alpha = entries[0].rank, _alpha(entries[0])
+    rank, alpha = stacks.rank_of(entries[0]), _alpha(entries[0])
+    experts = [e.name for e in entries if e.kind in stacks.EXPERTS]
     task = metadata.get("task_type")
     return {
         "peft_type": "LORA",
@@ -136,11 +151,12 @@ def _config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_pattern(e.name): e.rank for e in entries if e.rank != rank},
+        "rank_pattern": {_pattern(e.name): stacks.rank_of(e) for e in entries if stacks.rank_of(e) != rank},
         "alpha_pattern": {_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
         "use_rslora": False,  # alpha holds the whole scale: scale = alpha / r at every site
         "use_dora": entries[0].magnitude is not None,
-        "target_modules": [e.name for e in entries],
+        "target_modules": [e.name for e in entries if e.kind not in stacks.EXPERTS] or None,
+        **({"target_parameters": experts} if experts else {}),
         "modules_to_save": modules or None,
         "bias": bias,
         "fan_in_fan_out": any(e.kind == "conv1d" for e in entries),
@@ -172,10 +188,13 @@ def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
     parts: dict[str, Factors] = {}
     extras: Factors = {}
     copies: Factors = {}
+    rows: Factors = {}
     for name, t in read_tensors(path / TENSORS, limits).items():
         site, part = _split(name, path / TENSORS)
         if part in ("weight", "bias") or part is None:
             extras[site] = t
+        elif part == peft_tokens.PART:
+            rows[site] = t
         elif part == "base_layer.weight":
             copies[f"{site}.weight"] = t
         elif part == "base_layer.bias":
@@ -185,7 +204,19 @@ def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
                 extras[f"{site}.bias"] = t
         else:
             parts.setdefault(site, {})[part] = t
-    entries = [_entry(site, own, config, path) for site, own in parts.items()]
+    parts = stacks.named(parts, config.get("target_parameters") or [], path / TENSORS)
+    extras |= peft_tokens.read_rows(rows, config, path / TENSORS)
+    entries = []
+    for site, own in parts.items():
+        attention = site.removesuffix(multihead.INSIDE)
+        entry = _entry(attention, own, config, path)
+        if multihead.is_attention(attention, parts):
+            found = multihead.renamed(entry, site)
+            entries += [] if found is None else [found]
+            if (bias := extras.pop(f"{site}.bias", None)) is not None and site != attention:
+                extras[f"{attention}.out_proj.bias"] = bias
+        else:
+            entries.append(entry)
     metadata: dict[str, Any] = {
         "method": "dora" if config["use_dora"] else "lora",
         "format": "peft",
@@ -256,7 +287,7 @@ def _split(name: str, path: Path) -> tuple[str, str | None]:
     plain = name.removeprefix(PREFIX)
     for part in (
         "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-        "base_layer.weight", "base_layer.bias",
+        "base_layer.weight", "base_layer.bias", peft_tokens.PART,
     ):  # fmt: skip
         if plain.endswith("." + part):
             return plain.removesuffix("." + part), part
@@ -277,14 +308,13 @@ def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> En
     if missing or own.keys() - known:
         raise FileError(f"{where}: {site} lacks {', '.join(missing) or 'nothing'}; it has: {', '.join(sorted(own))}")
     A, B = own[names[0]], own[names[1]]
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
-        raise FileError(f"{where}: {site}: factors {list(B.shape)} and {list(A.shape)} are not [out, r] and [r, in] with r >= 1")
     if not (A.is_floating_point() and B.is_floating_point()):
         raise FileError(f"{where}: {site}: factors of {B.dtype} and {A.dtype}; they must be floating point")
-    rank = A.shape[0]
     expected = _matching(config["rank_pattern"], site)
-    if expected is None and not any(_literal(p) is None for p in config["rank_pattern"]):
+    if expected is None and all(_literal(p) is not None for p in config["rank_pattern"]):
         expected = config["r"]
+    read = stacks.read(site, A, B, expected, bool(stacks.targeted(site, config.get("target_parameters") or [])), where)
+    A, B, rank = read.A, read.B, read.rank
     if expected is not None and expected != rank:
         raise FileError(f"{where}: {site} is of rank {rank}, {CONFIG} says {str(expected)[:20]}")
     magnitude = own.get("lora_magnitude_vector")
@@ -292,11 +322,11 @@ def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> En
         has = "a" if magnitude is not None else "no"
         raise FileError(f"{where}: {site} has {has} magnitude, and {CONFIG} says use_dora={config['use_dora']}")
     if magnitude is not None:
-        magnitude = magnitude.flatten()
-        if magnitude.shape != (B.shape[0],):
-            raise FileError(f"{where}: {site}: {magnitude.numel()} magnitudes for {B.shape[0]} rows")
+        if magnitude.numel() != B[..., 0].numel():
+            raise FileError(f"{where}: {site}: {magnitude.numel()} magnitudes for {B[..., 0].numel()} rows")
+        magnitude = magnitude.reshape(B.shape[:-1])
     alpha = _matching(config["alpha_pattern"], site)
     alpha = config["lora_alpha"] if alpha is None else alpha
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     kind = "embedding" if embedding else ("conv1d" if config["fan_in_fan_out"] else "linear")
-    return Entry(site, B, A, scale, kind, magnitude=magnitude)
+    return Entry(site, B, A, scale, read.kind or kind, magnitude=magnitude, kernel=read.kernel)

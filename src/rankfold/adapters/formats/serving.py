@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankfold.errors import CompositionError, OptionError
 
-from ..adapter import Adapter, Entry
+from ..adapter import STACKED, Adapter, Entry
 from ..algebra import join_rows, norm, subtract
 from ..files import atomic_folder, write_json, write_tensors
 from .peft import CONFIG, PREFIX, TENSORS
@@ -72,6 +72,11 @@ def write_serving(
             "Export --to folded, or --to peft for an engine that reads DoRA"
         )
     entries = {k: e for k, e in adapter.entries.items() if e.rank}
+    other = [k for k, e in entries.items() if e.kind in (*STACKED, "multihead")]
+    if other:
+        raise CompositionError(
+            f"serving: {other[0]} is of kind {entries[other[0]].kind}, which this form has no place for; use --to peft"
+        )
     if not entries:
         raise CompositionError("serving: the adapter changes no weight")
     largest = max(e.rank for e in entries.values())

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
+from .convolution import Convolution, TransposedConvolution
 from .embedding import Embedding
-from .kind import Kind
+from .experts import Experts, TransposedExperts
+from .kind import Kind, held, weight_of
 from .linear import Linear, Transposed
+from .multihead import Multihead
 
-__all__ = ["ALL", "Kind", "kind_named", "kind_of"]
+__all__ = ["ALL", "Kind", "held", "kind_named", "kind_of", "weight_of"]
 
-ALL: tuple[Kind, ...] = (Linear(), Transposed(), Embedding())
+ALL: tuple[Kind, ...] = (
+    Linear(),
+    Transposed(),
+    Embedding(),
+    Convolution(),
+    TransposedConvolution(),
+    Experts(),
+    TransposedExperts(),
+    Multihead(),
+)
 _BY_NAME = {kind.name: kind for kind in ALL}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +13,12 @@ from ..site import Site
 if TYPE_CHECKING:
     from ..base import Base
     from ..host import Host
+    from ..planner import Program
     from ..store import Slot
 
-__all__ = ["Kind"]
+__all__ = ["Keep", "Kind", "held", "weight_of"]
+
+Keep = Callable[[torch.Size], Tensor | None]
 
 
 class Kind:
@@ -24,12 +27,16 @@ class Kind:
     Attributes:
         name: `Site.kind` of its sites.
         automatic: whether "all-linear" takes it.
+        flat: whether W multiplies the last dimension of the module's first argument, row by row.
         tokens: whether the module's input are indices (a vocabulary): transforms, gates and dropout of the input make no sense.
+        swapped: whether the module's own forward runs on W': then there must be one weight, without gates and dropout.
     """
 
     name: str = "linear"
     automatic = True
     tokens = False
+    flat = True
+    swapped = False
 
     def makes(self, module: nn.Module) -> bool:
         """Whether this module's weight is of this kind."""
@@ -57,6 +64,17 @@ class Kind:
         """Why this module can't host the site, or None."""
         return None
 
+    def inputs(
+        self, module: nn.Module, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Keep
+    ) -> Tensor | list[Tensor]:
+        """The rows [tokens, in] that W multiplies in this call, by map where the site is a stack.
+
+        `keep(lead)` gives the mask of the rows that count in an input [*lead, width], or None for all.
+        """
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        mask = keep(x.shape[:-1])
+        return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
+
     def forward(
         self, host: Host, module: nn.Module, native: Any, groups: list[list[Slot]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -79,6 +97,12 @@ class Kind:
             pieces.append(self.plain_rows(host, module, groups[0][0].site, (position, out), x))
         return torch.cat(pieces, -1)
 
+    def explain(self, program: Program, tokens: int, memory: str, x: Tensor | None) -> dict[str, Any]:
+        """What plan "auto" would do for that many tokens, and why."""
+        from ..planner import explain
+
+        return explain(program, tokens, memory, x)
+
     def site(self, host: Host, module: nn.Module, slots: Sequence[Slot], x: Tensor, bias: Tensor | None) -> Tensor:
         """The changed product of one site."""
         return host.run(module, slots, x, bias)
@@ -96,6 +120,20 @@ def base_rows(module: nn.Module, like_site: Site, rows: tuple[int, int]) -> Base
     from ..base import base_of  # a base asks its kind how to read the storage, so neither can come first
 
     return base_of(module, Site(like_site.name, (rows[1] - rows[0], like_site.shape[1]), like_site.kind, rows=rows))
+
+
+def held(module: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    """(the module whose parameter the site's weight is, its name there): the site's module, or a child that it reads."""
+    child, _, leaf = site.param.rpartition(".")
+    return (module.get_submodule(child) if child else module), leaf
+
+
+def weight_of(module: nn.Module, site: Site) -> Tensor:
+    """The stored weight of a site, as it is now."""
+    owner, leaf = held(module, site)
+    weight = getattr(owner, leaf)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def rows_of(bias: Tensor | None, rows: tuple[int, int]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..bases import is_packed, packed_class
 from ..site import Site
 from .kind import Kind
 
@@ -16,11 +17,16 @@ class Linear(Kind):
     def makes(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
+    def sites(self, path: str, module: nn.Module) -> list[Site]:
+        if is_packed(module):  # its tensor has a shape of its own
+            return [Site(path, (int(module.out_features), int(module.in_features)), self.name)]  # type: ignore[arg-type]
+        return super().sites(path, module)
+
     def store(self, W: Tensor, stored: Tensor, site: Site) -> Tensor:
         return W.to(stored.dtype)
 
     def refusal(self, module: nn.Module, site: Site) -> str | None:
-        return own_forward(module, nn.Linear)
+        return own_forward(module, packed_class(module) or nn.Linear)
 
 
 class Transposed(Kind):

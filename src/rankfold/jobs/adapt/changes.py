@@ -28,10 +28,10 @@ def relative_changes(adaptation: Adaptation, name: str | None = None) -> dict[st
         for slot in adaptation.slots(name):
             if slot.base is None:
                 continue
-            program = site_program(adaptation.store, [slot], training=False)
+            program = site_program(adaptation.store, [slot], training=False, outside=True)
             if not program.dense_ok:
                 continue
-            change = difference(program.expression(), slot.base).row_sqnorm().double().sum()
-            size = slot.base.row_sqnorm().double().sum()
+            change = difference(program.expression(), program.base).row_sqnorm().double().sum()
+            size = program.base.row_sqnorm().double().sum()
             found[slot.site.key] = float((change / size).sqrt()) if size > 0 else float(change.sqrt())
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.base import stored_tensors
 from rankfold.training.adaptation import Adaptation
 
 __all__ = ["MemoryPlan", "plan_memory"]
@@ -38,7 +39,7 @@ def plan_memory(model: nn.Module, adaptation: Adaptation, loss: Callable[[], Ten
     (48, 28, 84)
     """
     own = {t.data_ptr() for t in adaptation.tensors().values()}
-    base = {p.data_ptr(): p.nbytes for n, p in model.named_parameters() if not n.startswith("rankfold.")}
+    base = {t.data_ptr(): t.nbytes for t in stored_tensors(model)}
     fixed = own | base.keys()
     kept: dict[int, int] = {}
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.bases.quantise import quantise
 from rankfold.errors import FileError, OptionError
 from rankfold.jobs.data import Table
 from rankfold.jobs.models import Loaded, load_model
@@ -27,6 +28,7 @@ from rankfold.training.batches import Batches, to_device
 from rankfold.training.checkpoints import ADAPTER, has_checkpoint
 from rankfold.training.loop import History, LoopSettings, train
 from rankfold.training.method import Method, method
+from rankfold.training.processes import is_first, take_device
 from rankfold.training.progress import Progress
 from rankfold.training.saving import load as load_adapter
 
@@ -70,8 +72,11 @@ def adapt_job(settings: AdaptSettings) -> Result:
         Interrupted: Ctrl-C; the run is saved and can go on with `resume`.
     """
     s = settings.filled()
+    take_device()
+    if not is_first():
+        s = s.model_copy(update={"quiet": True})
     screen = Screen(s.quiet)
-    if not s.dry_run:
+    if not s.dry_run and is_first():
         check_out(s.out)
     ready = prepare(s, screen)
     if s.dry_run:
@@ -89,7 +94,8 @@ def adapt_job(settings: AdaptSettings) -> Result:
     before = {} if resuming or not ready.rows["test"] or s.task == "classify" else base_figures(ready, handle)
     history = fit(ready, handle, checkpoint)
     describe_in_file(ready, handle, history)
-    handle.save(s.out)  # before the last figures: whatever happens to them, the training is not lost
+    if is_first():
+        handle.save(s.out)  # before the last figures: whatever happens to them, the training is not lost
     figures = measured(ready, handle, history, before)
     return finish(ready, handle, history, figures, screen)
 
@@ -115,6 +121,11 @@ def prepare(s: AdaptSettings, screen: Screen) -> Prepared:
     inputs = read_inputs(s)
     screen.say("data", "\n".join(inputs.describe()))
     loaded = load_model(s.model, s.task, labels=inputs.labels, tokenizer=s.tokenizer, dtype=s.dtype, device=s.device, seed=s.seed)
+    if s.quantise is not None:
+        errors = quantise(loaded.model, s.quantise)
+        worst = max(errors, key=lambda name: errors[name])
+        found = f"{len(errors)} linear layers in {s.quantise}, largest ‖W − Q(W)‖ / ‖W‖ {errors[worst]:.2g} at {worst}"
+        screen.say("note", f"{found}; targets decide what is adapted")
     assert s.max_length is not None
     assert s.batch_size is not None
     task = task_for(s.task, loaded, s.max_length, s.temperature)
@@ -269,6 +280,8 @@ def finish(ready: Prepared, handle: Adaptation, history: History, figures: dict[
     s = ready.settings
     metrics = metrics_of(ready, handle, history, figures)
     describe_in_file(ready, handle, history, valid=finite(metrics["valid"]), test=finite(metrics["test"]))
+    if not is_first():  # of several processes one writes
+        return Result(s.out, metrics, handle)
     handle.save(s.out)
     write_metrics(s.out / "metrics.json", metrics)
     write_report(s.out / "report.html", ready, handle, history, metrics)

@@ -20,6 +20,7 @@ __all__ = ["AdaptSettings", "PredictSettings", "parse_set"]
 Task = Literal["classify", "lm", "sft", "embed"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Packed = Literal["int8", "int4", "nf4", "bnb-int8"]
 
 
 def parse_set(items: Sequence[str] | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -121,7 +122,11 @@ class AdaptSettings(_Settings):
     targets: Names = Field(("all-linear",), description="which weights: all-linear, names, globs")
     exclude: Names = Field((), description="patterns taken out again")
     regex: bool = Field(False, description="patterns are regular expressions")
-    extras: Names = Field((), description="modules that train whole in copies of the adapter; a new head is added by itself")
+    extras: Names = Field(
+        (),
+        description="what trains whole in copies of the adapter: modules and parameters by name or glob, biases (of the adapted "
+        "modules), all-biases, norms, or rows of a weight: embed_tokens[50:52]; a new head is added by itself",
+    )
 
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the training rows")
@@ -141,6 +146,7 @@ class AdaptSettings(_Settings):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of every random choice")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; the best at hand by default")
     dtype: Dtype = Field("float32", description="of the frozen base in memory")
+    quantise: Packed | None = Field(None, description="store the frozen linear layers in few bits: int8, int4, nf4 or bnb-int8")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast); what trains stays float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: slower, less memory")
     plan: Literal["auto", "fused", "structured", "effective", "plain"] = Field(

@@ -13,7 +13,7 @@ from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
 from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, kaiming, register
-from rankfold.linalg import Householder, Operator
+from rankfold.linalg import Householder, Operator, Product
 
 
 def equal_pairs(ctx: StartContext) -> Tensor:
@@ -56,7 +56,7 @@ class HRA(Structure):
         return {"U": Spec((site.shape[1], self.rank), start=equal_pairs)}
 
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
-        return W @ Householder(t.U)
+        return Product(W, Householder(t.U))
 
     def objectives(self, t: Mapping[str, Tensors], sites: Sequence[Site]) -> dict[str, Tensor]:
         if not self.orthogonality:

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, register
+from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, TooLarge, register
 from rankfold.linalg import Operator, Sparse
 
 
@@ -48,10 +48,10 @@ class SHiRA(Structure):
         return Sparse(t.values, t.index, *site.shape)
 
     def fits(self, site: Site) -> str | None:
-        if site.batch is not None:
-            return "one index serves one matrix, not a stack of experts"
         if self._wanted(site) > site.shape[0] * site.shape[1]:
-            return f"rank {self.rank} asks for {self._wanted(site)} entries, which is larger than the matrix: {site.shape}"
+            return TooLarge(
+                f"rank {self.rank} asks for {self._wanted(site)} entries, which is larger than the matrix: {site.shape}"
+            )
         return None
 
     def count(self, site: Site) -> int:
@@ -73,13 +73,16 @@ class SHiRA(Structure):
         return min(out, max(1, round(out * in_ / beside)))
 
     def _positions(self, ctx: StartContext) -> Tensor:
-        out, in_ = ctx.site.shape
+        (out, in_), k = ctx.site.shape, ctx.shape[-1]
+        maps = ctx.site.batch or 1
         if self.mask == "rand":
-            index = ctx.random.choice(out * in_, ctx.shape[0])
+            draws = [ctx.random] if ctx.site.batch is None else [ctx.random.child(f"map {e}") for e in range(maps)]
+            index = torch.stack([draw.choice(out * in_, k) for draw in draws])
         elif self.mask == "wm":  # a stable order: ties fall the same way everywhere
-            index = ctx.W.dense().abs().flatten().argsort(descending=True, stable=True)[: ctx.shape[0]].sort().values
+            size = ctx.W.dense().abs().reshape(maps, -1)
+            index = size.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(-1).values
         else:
             taken = torch.eye(out, in_, dtype=torch.bool)
             taken[:: self._step(ctx.site)] = True
-            index = taken.flatten().nonzero().flatten()
-        return index.to(torch.int32 if out * in_ < 2**31 else torch.int64)
+            index = taken.flatten().nonzero().flatten().expand(maps, k)
+        return index.reshape(ctx.shape).to(torch.int32 if out * in_ < 2**31 else torch.int64)

@@ -1,0 +1,208 @@
+"""Stacked experts as transformers 5 stores them: W [E, out, in], or [E, in, out], for each of two projections of one module.
+
+Tokens come with the experts that a router chose for them. The hosted module runs the library's contract for such modules (its
+"experts implementations": sort by expert, project, gate, project, weigh) with our product in the place of each projection that
+is adapted; a module without adapters keeps the implementation that the library chose.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankfold.errors import LayoutError
+from rankfold.linalg import like
+
+from ..site import Site
+from .arithmetic import Arithmetic
+from .kind import Keep, Kind
+
+if TYPE_CHECKING:
+    from ..host import Host
+    from ..planner import Program
+    from ..store import Slot
+
+__all__ = ["Experts", "Routed", "TransposedExperts"]
+
+ARGUMENTS = ({"hidden_states"}, {"top_k_index", "router_indices"}, {"top_k_weights", "routing_weights"})
+
+
+class Experts(Kind):
+    """W [E, out, in]: a stack of E maps [out, in], named by the parameter ("mlp.experts.down_proj")."""
+
+    name = "experts"
+    transposed = False
+    flat = False
+
+    def makes(self, module: nn.Module) -> bool:
+        # recognised by what the library's decorator leaves on a module, without importing the library
+        down = module._parameters.get("down_proj")
+        return down is not None and down.ndim == 3 and getattr(module, "is_transposed", None) is self.transposed
+
+    def sites(self, path: str, module: nn.Module) -> list[Site]:
+        found = []
+        for param in (_first(module), "down_proj"):
+            count, out, in_ = self._view(module._parameters[param]).shape  # type: ignore[arg-type]
+            found.append(Site(f"{path}.{param}" if path else param, (int(out), int(in_)), self.name, batch=int(count)))
+        return found
+
+    def _view(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def view(self, stored: Tensor, site: Site) -> Tensor:
+        return self._view(stored)
+
+    def store(self, W: Tensor, stored: Tensor, site: Site) -> Tensor:
+        return self._view(W).to(stored.dtype).contiguous()
+
+    def refusal(self, module: nn.Module, site: Site) -> str | None:
+        if site.rows is not None:
+            return "rows of experts can't be adapted alone; choose the whole of the parameter"
+        if getattr(module, "_is_expert_parallel", False):
+            return "its experts are spread over processes"
+        return None
+
+    def forward(
+        self, host: Host, module: nn.Module, native: Any, groups: list[list[Slot]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        from .products import run
+
+        hidden, index, weights = called(args, kwargs)
+        on = {group[0].site.param: group for group in groups}
+        routed = Routed(index, _count(module))
+
+        def project(param: str, x: Tensor) -> Tensor:
+            bias = getattr(module, f"{param}_bias", None)
+            if param in on:
+                return run(host.program(on[param], module.training), routed, x, bias, host.store.plan, host.store.memory)
+            return routed.product(x, like(self._view(getattr(module, param)), x), bias)
+
+        x = hidden.reshape(-1, hidden.shape[-1])
+        y = project("down_proj", gated(module, project(_first(module), routed.spread(x))))
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)  # type: ignore[operator]
+        return routed.gather(y, weights).to(hidden.dtype).view(hidden.shape)
+
+    def explain(self, program: Program, tokens: int, memory: str, x: Tensor | None) -> dict[str, Any]:
+        from .products import explain
+
+        return explain(program, x)
+
+    def inputs(
+        self, module: nn.Module, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Keep
+    ) -> Tensor | list[Tensor]:
+        hidden, index, _ = called(args, kwargs)
+        x = hidden.detach().reshape(-1, hidden.shape[-1])
+        if (mask := keep(hidden.shape[:-1])) is not None:
+            mask = mask.reshape(-1).to(x.device)
+            x, index = x[mask], index[mask]
+        routed = Routed(index, _count(module))
+        rows = routed.spread(x)
+        if site.param == "down_proj":  # what the first projection and the gate make of it
+            first = _first(module)
+            W, bias = getattr(module, first), getattr(module, f"{first}_bias", None)
+            rows = gated(module, routed.product(rows, like(self._view(W), rows), bias))
+        return list(rows.split(routed.sizes))
+
+
+class TransposedExperts(Experts):
+    """W stored [E, in, out], as GPT-OSS has it."""
+
+    name = "experts-transposed"
+    transposed = True
+
+    def _view(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+
+def _first(module: nn.Module) -> str:
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def _count(module: nn.Module) -> int:
+    down: Any = module.down_proj
+    return int(down.shape[0])
+
+
+def gated(module: Any, y: Tensor) -> Tensor:
+    """What lies between the two projections."""
+    return module._apply_gate(y) if module.has_gate else module.act_fn(y)
+
+
+def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states [tokens, width], chosen experts [tokens, k], their weights [tokens, k]) of a call."""
+    values = list(args)
+    for names in ARGUMENTS[len(args) :]:
+        values += [kwargs[n] for n in names & kwargs.keys()]
+    if len(values) != 3 or len(args) + len(kwargs) != 3:
+        raise LayoutError(
+            f"experts were called with {len(args)} arguments and {', '.join(kwargs) or 'no names'}; "
+            "rankfold knows (hidden_states, top_k_index, top_k_weights)"
+        )
+    return values[0], values[1], values[2]
+
+
+class Routed(Arithmetic):
+    """x: [tokens·k, in], sorted by expert, by W: [E, out, in]: one product for each expert that has tokens.
+
+    Args:
+        index: [tokens, k], the experts of each token.
+        count: E.
+    """
+
+    def __init__(self, index: Tensor, count: int) -> None:
+        self.count, self.k = count, index.shape[-1]
+        self.ids, self.order = index.reshape(-1).sort(stable=True)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return torch.bincount(self.ids, minlength=self.count).tolist()
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[tokens, width] -> [tokens·k, width], sorted by expert."""
+        return x[self.order // self.k]
+
+    def gather(self, y: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum over each token's experts, [tokens, width]."""
+        weighted = y * weights.reshape(-1)[self.order].unsqueeze(-1)
+        back = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device=y.device))
+        return weighted[back].unflatten(0, (-1, self.k)).sum(1)
+
+    def _stack(self, W: Tensor) -> Tensor:
+        return W if W.ndim == 3 else W.expand(self.count, *W.shape)
+
+    def product(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        biases = [None] * self.count if bias is None else like(bias, x).unbind(0)
+        parts = zip(x.split(self.sizes), self._stack(W).unbind(0), biases)  # unbind: its gradient is one stack, not E of them
+        return torch.cat([F.linear(part, Wk, b) for part, Wk, b in parts])
+
+    def input_gradient(self, g: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([part @ Wk for part, Wk in zip(g.split(self.sizes), self._stack(W).unbind(0))])
+
+    def weight_gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([gk.mT @ xk for gk, xk in zip(g.split(self.sizes), x.split(self.sizes))])
+
+    def rows(self, v: Tensor, y: Tensor) -> Tensor:
+        return v if v.ndim == 1 else v[self.ids]
+
+    def row_sums(self, y: Tensor) -> Tensor:
+        dtype = y.dtype if y.dtype in (torch.float32, torch.float64) else torch.float32
+        return torch.stack([part.sum(0, dtype=dtype) for part in y.split(self.sizes)])
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Position of each row among those of its expert."""
+        starts = torch.tensor([0, *self.sizes[:-1]], device=self.ids.device).cumsum(0)
+        return torch.arange(len(self.ids), device=self.ids.device) - starts[self.ids]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[E, most tokens of an expert, in], padded with zeros."""
+        padded = x.new_zeros(self.count, max(self.sizes), x.shape[-1])
+        return padded.index_put((self.ids, self._place), x)
+
+    def joined(self, y: Tensor) -> Tensor:
+        return y[self.ids, self._place]

@@ -1,0 +1,249 @@
+"""What is written, read by a reader of its own that follows the published layout; with `gguf` installed, by that library too."""
+
+import mmap
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.adapters import Adapter, Entry
+from rankfold.adapters.formats.gguf import ARCHITECTURES, MODULES, write_gguf
+from rankfold.adapters.formats.rotary import Heads
+from rankfold.errors import CompositionError, FileError, OptionError
+from rankfold.jobs.exchange import export, folder_format
+
+LLAMA, QWEN = Heads("llama", 4, 2), Heads("qwen2", 4, 2)
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+class Reader:
+    """Field by field, in the order of the published layout."""
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            self.data = bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.at = 0
+        assert self.data[:4] == b"GGUF"
+        self.at = 4
+        self.version, count, pairs = self.take("I"), self.take("Q"), self.take("Q")
+        self.metadata = {self.text(): self.value() for _ in range(pairs)}
+        infos = [self.info() for _ in range(count)]
+        start = -(-self.at // 32) * 32
+        assert not any(self.data[self.at : start])
+        self.tensors = {name: self.tensor(start + offset, sizes, kind) for name, sizes, kind, offset in infos}
+        assert all(offset % 32 == 0 for *_, offset in infos)
+        assert len(self.tensors) == count, "no name twice"
+        assert len(self.data) % 32 == 0
+
+    def take(self, code: str):
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        length = self.take("Q")
+        self.at += length
+        return self.data[self.at - length : self.at].decode("ascii")
+
+    def value(self):
+        kind = self.take("I")
+        return self.text() if kind == 8 else self.take(NUMBERS[kind])
+
+    def info(self):
+        return self.text(), [self.take("Q") for _ in range(self.take("I"))], self.take("I"), self.take("Q")
+
+    def tensor(self, start: int, sizes: list[int], kind: int) -> Tensor:
+        """Sizes stand innermost first."""
+        width = {0: 4, 1: 2, 30: 2}[kind]
+        raw = self.data[start : start + width * int(np.prod(sizes))]
+        if kind == 30:  # bfloat16 is the upper half of a float32
+            words = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
+            return torch.from_numpy(words.view(np.float32).reshape(sizes[::-1]).copy())
+        return torch.from_numpy(np.frombuffer(raw, "<f4" if kind == 0 else "<f2").reshape(sizes[::-1]).copy())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def entry(leaf: str, out: int, in_: int, rank: int = 2, scale: float = 1.5, **options) -> Entry:
+    return Entry(f"model.layers.3.{leaf}", draw(out, rank), draw(rank, in_, seed=9), scale, **options)
+
+
+def meta_rows(W: Tensor, heads: int) -> Tensor:
+    """Row by row as llama.cpp stores q and k: 2j + p of a head is p · half + j of transformers."""
+    size = W.shape[0] // heads
+    order = [h * size + p * (size // 2) + j for h in range(heads) for j in range(size // 2) for p in range(2)]
+    return W[order]
+
+
+def change(read: Reader, name: str) -> Tensor:
+    """What llama.cpp adds to the weight: alpha / r · b a, with scale 1 for an alpha of 0."""
+    a, b = read.tensors[f"{name}.lora_a"].double(), read.tensors[f"{name}.lora_b"].double()
+    alpha = read.metadata["adapter.lora.alpha"]
+    return (alpha / b.shape[1] if alpha else 1.0) * b @ a
+
+
+def test_metadata_names_and_rows_of_a_llama(tmp_path):
+    shapes = {
+        "self_attn.q_proj": (24, 16), "self_attn.k_proj": (12, 16), "self_attn.v_proj": (12, 16), "self_attn.o_proj": (16, 24),
+        "mlp.gate_proj": (20, 16), "mlp.up_proj": (20, 16), "mlp.down_proj": (16, 20),
+    }  # fmt: skip
+    entries = [entry(leaf, *shape) for leaf, shape in shapes.items()]
+    errors = write_gguf(tmp_path / "a.gguf", Adapter.of(entries), LLAMA)
+    read = Reader(tmp_path / "a.gguf")
+    assert read.version == 3
+    assert read.metadata == {
+        "general.architecture": "llama", "general.type": "adapter", "general.file_type": 0, "adapter.type": "lora",
+        "adapter.lora.alpha": 3.0,
+    }  # fmt: skip
+    short = dict(zip(shapes, ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]))
+    for e, leaf in zip(entries, shapes):
+        exact = e.scale * e.B.double() @ e.A.double()
+        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(leaf)
+        expected = exact if heads is None else meta_rows(exact, heads)
+        torch.testing.assert_close(change(read, f"blk.3.{short[leaf]}.weight"), expected, rtol=1e-12, atol=1e-12)
+        assert read.tensors[f"blk.3.{short[leaf]}.weight.lora_a"].shape == (2, shapes[leaf][1])
+    assert set(errors.values()) == {0.0}
+    assert len(read.tensors) == 14
+
+
+def test_other_architectures_keep_their_rows(tmp_path):
+    e = entry("self_attn.q_proj", 24, 16)
+    write_gguf(tmp_path / "a.gguf", Adapter.of([e]), QWEN)
+    read = Reader(tmp_path / "a.gguf")
+    assert read.metadata["general.architecture"] == "qwen2"
+    assert torch.equal(read.tensors["blk.3.attn_q.weight.lora_b"], e.B)
+
+
+def test_embedding_and_head(tmp_path):
+    embedding = Entry("model.embed_tokens", draw(16, 2), draw(2, 40), 1.5, "embedding")
+    head = Entry("lm_head", draw(40, 2), draw(2, 16), 1.5)
+    write_gguf(tmp_path / "a.gguf", Adapter.of([embedding, head]), LLAMA)
+    read = Reader(tmp_path / "a.gguf")
+    rows, b = read.tensors["token_embd.weight.lora_a"], read.tensors["token_embd.weight.lora_b"]
+    assert torch.equal(rows, embedding.A.T), "a row for each token"
+    ids = torch.tensor([3, 0, 39])
+    torch.testing.assert_close(1.5 * rows[ids] @ b.T, embedding.delta().dense().T[ids], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(change(read, "output.weight").float(), head.delta().dense(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(CompositionError, match="one weight in this model"):
+        write_gguf(tmp_path / "b.gguf", Adapter.of([head]), LLAMA, tied=True)
+
+
+def test_one_alpha_serves_sites_of_several_scales(tmp_path):
+    """The commonest stays exact, the others take what is missing into b; the error is what the file holds."""
+    entries = [entry("mlp.up_proj", 20, 16), entry("mlp.gate_proj", 20, 16), entry("mlp.down_proj", 16, 20, rank=3, scale=0.7)]
+    errors = write_gguf(tmp_path / "a.gguf", Adapter.of(entries), LLAMA)
+    read = Reader(tmp_path / "a.gguf")
+    assert read.metadata["adapter.lora.alpha"] == 3.0
+    for e, name in zip(entries, ["ffn_up", "ffn_gate", "ffn_down"]):
+        exact = e.scale * e.B.double() @ e.A.double()
+        error = float((change(read, f"blk.3.{name}.weight") - exact).norm() / exact.norm())
+        assert errors[e.key] == pytest.approx(error, rel=1e-6, abs=1e-15)
+    assert errors[entries[0].key] == 0.0
+    assert 0 < errors[entries[2].key] < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 32)])
+def test_dtypes(dtype, kind, tmp_path):
+    e = entry("mlp.up_proj", 20, 16)
+    errors = write_gguf(tmp_path / "a.gguf", Adapter.of([e]), LLAMA, dtype=dtype)
+    read = Reader(tmp_path / "a.gguf")
+    assert read.metadata["general.file_type"] == kind
+    assert torch.equal(read.tensors["blk.3.ffn_up.weight.lora_b"].float(), e.B.to(dtype).float())
+    exact = e.scale * e.B.double() @ e.A.double()
+    error = float((change(read, "blk.3.ffn_up.weight") - exact).norm() / exact.norm())
+    assert errors[e.key] == pytest.approx(error, rel=1e-9)
+    assert (error == 0) == (dtype == torch.float32)
+    half = Entry(e.name, e.B.half(), e.A.half(), e.scale)
+    write_gguf(tmp_path / "b.gguf", Adapter.of([half]), LLAMA)
+    assert Reader(tmp_path / "b.gguf").metadata["general.file_type"] == 1, "factors stay as they are"
+
+
+def test_slices_of_a_fused_weight_are_joined(tmp_path):
+    q = entry("self_attn.qkv_proj", 8, 16, rows=(0, 8), total_rows=24)
+    v = entry("self_attn.qkv_proj", 8, 16, rows=(16, 24), total_rows=24)
+    write_gguf(tmp_path / "a.gguf", Adapter.of([q, v]), Heads("phi3", 2, 2))
+    got = change(Reader(tmp_path / "a.gguf"), "blk.3.attn_qkv.weight")
+    torch.testing.assert_close(got[:8].float(), q.delta().dense(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[16:].float(), v.delta().dense(), rtol=1e-5, atol=1e-5)
+    assert not got[8:16].any()
+
+
+def test_what_the_format_can_not_hold(tmp_path):
+    good = entry("mlp.up_proj", 20, 16)
+    for entries, heads, message in [
+        ([good], Heads("gpt2", 2, 2), "type 'gpt2'"),
+        ([entry("mlp.up_prj", 20, 16)], LLAMA, r"no name for it; nearest: mlp\.up_proj"),
+        ([Entry("encoder.x", good.B, good.A)], LLAMA, "no name for it"),
+        ([entry("mlp.up_proj", 20, 16, magnitude=torch.ones(20))], LLAMA, "rescales rows"),
+        ([entry("mlp.up_proj", 20, 16, kind="conv1d")], LLAMA, "conv1d"),
+        ([entry("mlp.up_proj", 20, 16, scale=0.0)], LLAMA, "scaled by 0"),
+        ([entry("self_attn.q_proj", 22, 16)], LLAMA, "22 rows are not 4 heads"),
+        ([], LLAMA, "no weight"),
+    ]:
+        with pytest.raises(CompositionError, match=message):
+            write_gguf(tmp_path / "a.gguf", Adapter.of(entries), heads)
+    with pytest.raises(OptionError, match="dtype"):
+        write_gguf(tmp_path / "a.gguf", Adapter.of([good]), LLAMA, dtype=torch.float64)
+    assert not list(tmp_path.iterdir())
+
+
+def llama(tied: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=16, pad_token_id=0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def test_exported_from_a_model(tmp_path):
+    model = llama()
+    adaptation = rf.adapt(model, "pissa", rank=2)
+    for p in adaptation.parameters():
+        p.data += 0.1
+    report = export(model, adaptation, "gguf", tmp_path / "out")
+    assert report.path == tmp_path / "out" / "lora.gguf"
+    assert (report.dtype, report.largest < 1e-6, set(report.ranks.values())) == ("float32", True, {4})
+    read = Reader(report.path)
+    slot = next(s for s in adaptation.slots() if s.site.name.endswith("k_proj"))
+    base = slot.base.dense().detach()
+    adaptation.fold()
+    exact = (model.get_submodule(slot.site.name).weight - base).detach()
+    adaptation.unfold()
+    torch.testing.assert_close(change(read, "blk.0.attn_k.weight").float(), meta_rows(exact, 2), rtol=1e-4, atol=1e-6)
+    with pytest.raises(FileError, match="does not read it"):
+        folder_format(report.path)
+
+
+def test_a_refused_export_leaves_nothing(tmp_path):
+    model = llama(tied=True)
+    with pytest.raises(CompositionError, match="one weight in this model"):
+        export(model, rf.adapt(model, "lora", rank=2, targets=["embed_tokens"]), "gguf", tmp_path / "out")
+    plain = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(CompositionError, match="config of transformers"):
+        export(plain, rf.adapt(plain, "lora", rank=2), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_library_reads_the_same(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    e = entry("self_attn.q_proj", 24, 16)
+    write_gguf(tmp_path / "a.gguf", Adapter.of([e]), LLAMA)
+    library, own = gguf.GGUFReader(tmp_path / "a.gguf"), Reader(tmp_path / "a.gguf")
+    assert {t.name for t in library.tensors} == set(own.tensors)
+    for t in library.tensors:
+        assert np.array_equal(t.data, own.tensors[t.name].numpy())
+    assert library.get_field("adapter.lora.alpha").contents() == 3.0
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    for architecture in set(ARCHITECTURES.values()):
+        names = gguf.get_tensor_name_map(numbers[architecture], 4)
+        for leaf, short in MODULES.items():
+            theirs = names.get_name(f"model.layers.3.{leaf}.weight", (".weight",))
+            assert theirs in (f"blk.3.{short}.weight", None)

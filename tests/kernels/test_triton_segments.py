@@ -1,0 +1,48 @@
+"""Segmented products in Triton, by the interpreter, against one row after the other in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rankfold.kernels.segments import looped
+from rankfold.kernels.triton.segments import add_runs, runs
+
+
+def arena(slots, rank, width, ranks, dtype, seed):
+    """[slots, rank, width] within a wider arena, zero above each slot's own rank."""
+    wide = torch.randn(slots, rank * width + 7, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    view = wide.narrow(1, 3, rank * width).unflatten(1, (rank, width))
+    for slot, own in enumerate(ranks):
+        view[slot, own:] = 0.0
+    return view
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {
+    "mixed": ([3, 1, 3, 0, 2, 1, 3], 1),
+    "one": ([2], 1),
+    "sequences": ([1, 3, 1], 21),
+    "all the base": ([0, 0], 2),
+    "nobody": ([], 1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_segments(case, dtype, tolerance):
+    slots, tokens = CASES[case]
+    ranks = [0, 3, 17, 20]
+    A, B = arena(4, 20, 37, ranks, dtype, 0), arena(4, 20, 70, ranks, dtype, 1)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(len(slots), tokens, 37, generator=generator).to(DEVICE, dtype)
+    y = torch.randn(len(slots), tokens, 70, generator=generator).to(DEVICE, dtype)
+    cut = runs(slots, [ranks[s] for s in slots], tokens, DEVICE)
+    found = add_runs(y.clone().flatten(0, 1), x.flatten(0, 1), A, B, cut).view(y.shape)
+    if not slots:
+        assert found.shape == y.shape
+        return
+    expected = y.double() + looped(x.double(), A.double(), B.double(), torch.tensor(slots))
+    assert (found.double() - expected).norm() <= tolerance * expected.norm()
+    base = [n for n, s in enumerate(slots) if s == 0]
+    assert torch.equal(found[base], y[base])

@@ -1,0 +1,220 @@
+"""Law 9: two processes are one. DDP, and FSDP2 over a base that is cut, give what one process gives on the whole batch: starts
+from W and from data, steps, folding, export, fingerprint, files, and runs that stop in one layout and go on in another.
+
+One pair of processes runs all cells (`two_ranks.py`); the tests here compare what it left with one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rankfold as rf
+from rankfold.core.structure import trait
+from rankfold.training.saving import load
+
+from . import two_ranks
+from .checks import Checks
+from .subjects import shake, subjects
+from .two_ranks import DDP, FSDP, LATE, LATES, MUTANTS, ONE
+
+NEAR = 1e-6
+"""Relative distance in float64 after three steps of Adam, which divides small gradients by their size."""
+EXACT = 1e-10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the pair works, with what it is given: rows to train on, and an adapter that one process has saved."""
+    here = tmp_path_factory.mktemp("two ranks")
+    rows = "".join(f"{['red', 'blue'][k % 2]} thing {k},{['warm', 'cold'][k % 2]}\n" for k in range(40))
+    (here / "rows.csv").write_text("text,label\n" + rows)
+    two_ranks.saved_cell(ONE, here)
+    return here
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """[{cell: {name: tensor}}] by process, and the errors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    root = Path(__file__).parents[1]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "laws.two_ranks", str(folder), str(k)],
+            cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)  # gloo's threads abort nothing at the end
+    found: list[dict[str, dict[str, torch.Tensor]]] = []
+    for k in range(2):
+        found.append({})
+        for name, tensor in load_file(folder / f"{k}.safetensors").items():
+            cell, _, key = name.partition("//")
+            found[k].setdefault(cell, {})[key] = tensor
+    errors = [json.loads((folder / f"{k}.json").read_text()) for k in range(2)]
+    return found, errors
+
+
+def given(pair, cell):
+    """What both processes gave in a cell."""
+    found, errors = pair
+    for k in range(2):
+        assert cell not in errors[k], f"{cell}, process {k}:\n{errors[k][cell]}"
+    return [found[k].get(cell, {}) for k in range(2)]
+
+
+@functools.cache
+def alone(method):
+    return two_ranks.method_cell(ONE, method)
+
+
+def check_same(cell, found, expected, near=NEAR, but=()):
+    """Law 9 in one cell: both processes have the names and values of one."""
+    with Checks(f"law 9, {cell}") as check:
+        for k, mine in enumerate(found):
+            names = expected.keys() - set(but)
+            check.that(names == mine.keys() - set(but), f"process {k} gave {sorted(mine)}, one {sorted(expected)}")
+            for name in sorted(names):
+                if mine[name].dtype == torch.uint8:
+                    check.bitwise(mine[name], expected[name], f"process {k}, {name}")
+                else:
+                    check.close(mine[name], expected[name], EXACT if name.startswith("start/") else near, f"process {k}, {name}")
+
+
+def check_base(cell, found):
+    """Laws 1 and 3 where the base is cut: off, and removed, the model has the base's bits; unfolded those from before."""
+    with Checks(f"law 9, {cell}") as check:
+        for mine in found:
+            check.bitwise(mine["disabled"], mine["base"], "disabled")
+            check.bitwise(mine["removed"], mine["base"], "removed")
+            if "output folded" in mine:
+                check.bitwise(mine["output unfolded"], mine["output"], "unfolded")
+                check.bitwise(mine["fingerprint folded"], mine["fingerprint"], "fingerprint")
+                check.close(mine["output folded"], mine["output"], EXACT, "folded")
+
+
+CELLS = [(layout, m) for layout in (DDP, FSDP) for m in subjects()] + [(LATE, m) for m in LATES]
+
+
+@pytest.mark.parametrize(("layout", "method"), CELLS)
+def test_two_processes_are_one(layout, method, pair):
+    cell = f"{layout} {method}"
+    # rounding errors of 1e-16 have no near relative distance
+    check_same(cell, given(pair, cell), alone(method), but={"rounding"})
+    check_base(cell, given(pair, cell))
+
+
+def test_every_kind_of_axis_is_among_the_cells():
+    methods = [rf.method(m) for m in subjects()]
+    assert {n for m in methods for n in m.init.needs} >= {"weights", "activations", "gradients"}
+    assert any(m.rank.steps for m in methods)
+    assert any(m.is_side for m in methods)
+    assert any(trait(m.structure, "input_dependent") for m in methods)
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP, LATE])
+def test_every_layout_writes_the_same_file_and_loads_what_any_other_wrote(layout, pair, folder):
+    found = given(pair, f"{layout} saved")
+    here = two_ranks.saved_cell(ONE, folder)
+    with Checks(f"law 9, {layout}, files") as check:
+        for mine in found:
+            check.bitwise(mine["file"], here["file"], "adapter.safetensors")
+            check.close(mine["output"], here["output"], EXACT, "output")
+            check.that(f"output of {ONE}" in mine, "what one process saved was not loaded")
+            for source in (name for name in mine if name.startswith("output of ")):
+                check.close(mine[source], here["output"], EXACT, source)
+        model = two_ranks.net().eval()
+        load(model, folder / f"saved-{layout}")
+        with torch.no_grad():
+            check.bitwise(model(two_ranks.batches()[0][0]), here["output"], f"saved under {layout}, loaded in one process")
+
+
+@pytest.mark.parametrize(("first", "second"), [(DDP, DDP), (FSDP, FSDP), (FSDP, DDP), (DDP, FSDP)])
+def test_a_run_goes_on_in_another_layout(first, second, pair, tmp_path):
+    found = given(pair, f"loop {first} {second}")
+    check_same(f"loop, {first} then {second}", found, two_ranks.loop_cell(ONE, ONE, tmp_path))
+
+
+def test_a_loop_of_ones_own_averages_before_it_clips(pair):
+    check_same("bucket", given(pair, f"{FSDP} clipped"), two_ranks.clipped_cell(ONE))
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP, LATE])
+def test_u17_ddp_has_no_unused_parameters(layout, pair):
+    check_same(f"{layout}, heads", given(pair, f"{layout} heads"), two_ranks.heads_cell(ONE, checkpointed=True))
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP, LATE])
+def test_u15_mixed_dtypes_shard(layout, pair):
+    found, one = given(pair, f"{layout} mixed"), two_ranks.mixed_cell(ONE)
+    assert all(t.dtype == torch.float32 for name, t in found[0].items() if name.startswith("tensor/"))
+    check_same(f"{layout}, bf16 base", found, one, near=2e-2)
+
+
+def test_adapters_cut_along_with_the_base_are_refused(pair):
+    for mine in given(pair, "forgotten"):
+        assert "ignored_params=set(model.rankfold.parameters())" in bytes(mine["message"].tolist()).decode()
+
+
+def test_the_job_gives_the_same_figures_and_one_process_writes(pair, folder):
+    one, (first, second) = two_ranks.job_cell(ONE, folder), given(pair, "job")
+    torch.testing.assert_close(first["figures"], one["figures"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second["figures"], one["figures"], rtol=1e-4, atol=1e-6)
+    names = {p.name for p in (folder / f"job-{DDP}").iterdir()}
+    assert names == {p.name for p in (folder / f"job-{ONE}").iterdir()}
+    a, b = (load_file(folder / f"job-{layout}" / "adapter.safetensors") for layout in (ONE, DDP))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-5)
+
+
+# What the law must reject
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_law_rejects(mutant, pair):
+    method = "lora" if mutant == "forgets_to_average" else "eva"
+    with pytest.raises(AssertionError, match="law 9"):
+        check_same(mutant, given(pair, f"mutant {mutant}"), alone(method), but={"rounding"})
+
+
+def test_the_law_rejects_a_base_that_was_written():
+    model = two_ranks.net()
+    adaptation = rf.adapt(model, "lora", rank=2)
+    shake(adaptation)
+    ids = two_ranks.batches()[0][0]
+    with torch.no_grad():
+        found = {"base": two_ranks.net()(ids), "disabled": model(ids), "removed": model(ids)}
+    with pytest.raises(AssertionError, match="law 9"):
+        check_base("written", [found])
+
+
+def test_the_law_rejects_a_cell_that_gave_nothing():
+    with pytest.raises(AssertionError, match="law 9"):
+        check_same("nothing", [{}, {}], alone("lora"))
+
+
+def test_accelerates_own_sharding_is_refused():
+    from rankfold.errors import LayoutError
+    from rankfold.training.loop import _refuse_foreign_sharding
+
+    with pytest.raises(LayoutError, match=r"rf\.shard"):
+        _refuse_foreign_sharding("FSDP")
+    _refuse_foreign_sharding("MULTI_GPU")
+
+
+def test_sharding_without_processes_is_refused():
+    from rankfold.errors import LayoutError
+
+    with pytest.raises(LayoutError, match="init_process_group"):
+        rf.shard(two_ranks.net())
