@@ -274,7 +274,7 @@ def test_u10_the_old_arena_is_freed_and_shrinking_returns_what_is_left() -> None
         bank.add(f"a{k}", entries(k, 3))
     bank.select(["a0", "a15"])
     bank.model(IDS)
-    old, kept = weakref.ref(bank.arena.untyped_storage()), weakref.ref(bank._kept[0][0].untyped_storage())
+    old, kept = weakref.ref(bank.arena.factors.untyped_storage()), weakref.ref(bank._serving.copies.rows.untyped_storage())
     bank.select("a0")
     gc.collect()
     assert kept() is None  # the rows' own copies go with the choice
@@ -283,7 +283,7 @@ def test_u10_the_old_arena_is_freed_and_shrinking_returns_what_is_left() -> None
     bank.shrink()
     gc.collect()
     assert old() is None
-    assert bank.nbytes == 3 * bank.arena[0].nbytes
+    assert bank.nbytes == 3 * (bank.arena.of(0).nbytes + bank.arena.gain1[0].nbytes)
     torch.testing.assert_close(bank.model(IDS).detach(), by_hand(entries(0, 3), IDS), rtol=0, atol=1e-10)
     bank.add("again", entries(20, 3))  # grows
 
@@ -318,7 +318,7 @@ def test_gradients_pass_through_and_the_arena_gets_none(names: str | list[str]) 
         expected(IDS[row : row + 1]).square().sum().backward()
         for token in set(IDS[row].tolist()) - {t for r in range(4) if r != row for t in IDS[r].tolist()}:
             torch.testing.assert_close(base.embed.weight.grad[token], expected.embed.weight.grad[token], rtol=1e-9, atol=1e-9)
-    assert not bank.arena.requires_grad
+    assert not bank.arena.factors.requires_grad
 
 
 def test_bfloat16_and_autocast_stay_within_rounding() -> None:
