@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
+from banks import IDS, RANK, by_hand, by_hand_module, entries, model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rankfold as rf
 from rankfold.errors import LayoutError, OptionError, TargetError, UnknownName
 
-from banks import IDS, RANK, by_hand, by_hand_module, entries, model
 
 @pytest.mark.parametrize("distinct", [1, 2, 5, 9, 33])
 def test_every_row_has_the_function_of_its_own_adapter(distinct: int) -> None:

@@ -1,19 +1,18 @@
-"""A bank served by the segment product in Triton, by its interpreter, against models changed by hand and against the reference."""
+"""A bank served by the segment product in Triton, by its interpreter, against models changed by hand and the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from banks import IDS, RANK, by_hand, entries, model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rankfold as rf
 from rankfold.kernels import paths
 
-from banks import IDS, RANK, by_hand, entries, model
-
 pytest.importorskip("triton")
-from rankfold.kernels.triton import segments  # noqa: E402
+from rankfold.kernels.triton import segments
 
 if torch.cuda.is_available():
     pytest.skip("not interpreted here: a bank on the GPU takes these kernels by itself", allow_module_level=True)

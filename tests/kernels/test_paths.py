@@ -5,7 +5,8 @@ import torch
 
 import rankfold as rf
 from rankfold.core import planner
-from rankfold.kernels import magnitude, path_for
+from rankfold.kernels import path_for
+from rankfold.linalg import flags
 
 
 def adapted(method, **options):
@@ -73,7 +74,7 @@ def test_an_accelerator_is_asked_nothing(vanish, monkeypatch):
         t.B[:vanish] = -torch.linalg.lstsq(t.A.T, W[:vanish].T).solution.T  # the part of W in the row space of A is gone
     x = torch.randn(40, 20)
     expected = outcome(model, adaptation, x)
-    monkeypatch.setattr(magnitude, "ASKED", frozenset())
+    monkeypatch.setattr(flags, "ASKED", frozenset())
     refuse_to_wait(monkeypatch)
     found = outcome(model, adaptation, x)
     monkeypatch.undo()
@@ -89,7 +90,7 @@ def test_more_rows_than_can_be_seen_to_learn_in_turn(monkeypatch):
         m.zero_()
     x, g = torch.randn(40, 20), torch.randn(40, 18)
     whole = torch.autograd.grad(model(x), m, g)[0]
-    monkeypatch.setattr(magnitude, "ASKED", frozenset())
+    monkeypatch.setattr(flags, "ASKED", frozenset())
     some = torch.autograd.grad(model(x), m, g)[0]
     assert (some != 0).sum() == 16
     torch.testing.assert_close(some[some != 0], whole[some != 0])

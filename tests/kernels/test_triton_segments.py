@@ -8,7 +8,6 @@ pytest.importorskip("triton")
 from rankfold.kernels.segments import looped
 from rankfold.kernels.triton.segments import add_runs, gathered, runs
 
-
 PARTS, K = 3, 8
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.adapters.adapter import Adapter, Entry
+from rankfold.adapters.adapter import Adapter
 from rankfold.errors import LayoutError, OptionError, UnknownName
 
 from .arena import Arena, Packed, lay_out

@@ -18,7 +18,7 @@ from rankfold.errors import LayoutError
 from rankfold.kernels import has_path
 from rankfold.kernels.operators import gathered
 from rankfold.kernels.paths import segments_for
-from rankfold.kernels.segments import WIDTH, Block, Segments, add_gathered, add_one, add_segments, split
+from rankfold.kernels.segments import WIDTH, Segments, add_gathered, add_one, add_segments, split
 
 from .arena import Arena, Place
 

@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import LayoutError
+from rankfold.linalg.flags import answers, flagged, mend
 
 from .lowrank import Drop, combine, gradients, stack_factors
 from .once import once
 
-__all__ = ["amplify", "apply_gain", "combine", "flagged", "gradients", "magnitude_linear", "pull_gain", "pull_magnitude", "row_norms"]
+__all__ = ["amplify", "apply_gain", "combine", "gradients", "magnitude_linear", "pull_gain", "pull_magnitude", "row_norms"]
 
 VANISHED = 1e-6
 CANCELLED = 1e-4
 
-ASKED = frozenset({"cpu"})
-"""Devices that may be asked for a value in the middle of a pass; any other would stand still until all work before is done."""
-AT_ONCE = 16
-"""How many flagged rows are seen to at once on a device that can't be asked how many there are."""
 TOKENS = 4096
 
 
@@ -56,23 +53,6 @@ def pull_gain(g: Tensor, gain: Tensor, y: Tensor | None, bias: Tensor | None) ->
     return amplify(g, gain), total
 
 
-def flagged(flags: Tensor) -> Tensor:
-    """Indices of the rows that are flagged. On a device that can't be asked how many they are: AT_ONCE indices, flagged rows
-    first, and whoever writes to them looks at the flags again.
-
-    >>> flagged(torch.tensor([False, True, False, True])).tolist()
-    [1, 3]
-    """
-    if flags.device.type in ASKED:
-        return flags.nonzero().flatten()
-    return flags.to(torch.uint8).topk(min(AT_ONCE, len(flags))).indices
-
-
-def mend(values: Tensor, flags: Tensor, rows: Tensor, better: Tensor) -> None:
-    """values[rows] = better where they are flagged; in place, without asking."""
-    values[rows] = torch.where(flags[rows], better.to(values.dtype), values[rows])
-
-
 @torch.no_grad()
 def row_norms(
     base: Any, B: Tensor, A: Tensor, scale: float, B0: Tensor | None = None, A0: Tensor | None = None, floor: float = 1e-12
@@ -93,7 +73,7 @@ def row_norms(
     rows = flagged(cancelled)
     if len(rows):
         fresh = base.rows(rows).to(Bs.dtype) + scale * (Bs[rows] @ As)
-        mend(square, cancelled, rows, fresh.square().sum(-1))
+        square = mend(square, cancelled, rows, fresh.square().sum(-1))
     return square.clamp_min_(0.0).sqrt_().clamp_min_(floor)
 
 
@@ -110,7 +90,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         y = y.resize_(*x.shape[:-1], y.shape[-1])  # not a view: see `lowrank`
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
-        keep_x = need_A or (need_m and (x.device.type not in ASKED or bool((m.abs() < VANISHED * norm).any())))
+        keep_x = need_A or (need_m and (not answers(x.device) or bool((m.abs() < VANISHED * norm).any())))
         ctx.save_for_backward(flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0)
         ctx.base, ctx.scale, ctx.p_seed, ctx.shape, ctx.path = base, scale, p_seed, x.shape, path
         return y
@@ -157,7 +137,7 @@ def pull_magnitude(run: Any, total: Tensor, g: Tensor, x: Any, h: Any, m: Tensor
     vanished = m.abs() < VANISHED * norm
     rows = flagged(vanished)
     if len(rows):
-        mend(gm, vanished, rows, _recomputed(run, rows, g, x, h, norm, B, A, B0, A0))
+        gm = mend(gm, vanished, rows, _recomputed(run, rows, g, x, h, norm, B, A, B0, A0))
         vanished[rows] = False
         gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
     return gm

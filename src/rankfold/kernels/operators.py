@@ -1,7 +1,7 @@
 """The hot products as operators of torch's library: one node each in a compiled or exported graph, whatever they run by.
 
-The form is chosen where an operator runs (`paths`), so that a graph that was traced on one device holds nothing of it. Factors come
-as they are multiplied: in the dtype of x, with an offset stacked. An exported program that holds one of these is read after
+The form is chosen where an operator runs (`paths`): a graph holds nothing of the device on which it was traced. Factors come as
+they are multiplied: in the dtype of x, with an offset stacked. An exported program that holds one of these is read after
 `import rankfold.kernels.operators`.
 """
 
@@ -88,13 +88,22 @@ def lowrank_product(
 
 
 @lowrank_product.register_fake
-def _(x, W, bias, B, A, scale, p, seed):  # type: ignore[no-untyped-def]
+def _(x, W, bias, B, A, scale, p, seed):
     return x.new_empty(*x.shape[:-1], W.shape[0]), x.new_empty(_rows(x).shape[0], A.shape[0])
 
 
 @torch.library.custom_op("rankfold::lowrank_pull", mutates_args=())
 def _lowrank_pull(
-    g: Tensor, x: Tensor, W: Tensor, h: Tensor, B: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None, wanted: list[bool]
+    g: Tensor,
+    x: Tensor,
+    W: Tensor,
+    h: Tensor,
+    B: Tensor,
+    A: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂x, ∂B, ∂A) from g [..., out], those that are wanted."""
     flat = _rows(g)
@@ -110,7 +119,7 @@ def _lowrank_pull(
 
 
 @_lowrank_pull.register_fake
-def _(g, x, W, h, B, A, scale, p, seed, wanted):  # type: ignore[no-untyped-def]
+def _(g, x, W, h, B, A, scale, p, seed, wanted):
     shapes = (x.shape, B.shape, A.shape)
     return tuple(t.new_empty(shape if asked else 0) for t, shape, asked in zip((g, B, A), shapes, wanted))
 
@@ -146,7 +155,7 @@ def row_norms(W: Tensor, own: Tensor, B: Tensor, A: Tensor, scale: float, floor:
 
 
 @row_norms.register_fake
-def _(W, own, B, A, scale, floor):  # type: ignore[no-untyped-def]
+def _(W, own, B, A, scale, floor):
     return B.new_empty(W.shape[0], dtype=torch.promote_types(B.dtype, torch.float32))
 
 
@@ -171,7 +180,7 @@ def magnitude_product(
 
 
 @magnitude_product.register_fake
-def _(x, W, bias, m, norm, B, A, scale, p, seed):  # type: ignore[no-untyped-def]
+def _(x, W, bias, m, norm, B, A, scale, p, seed):
     return x.new_empty(*x.shape[:-1], W.shape[0]), x.new_empty(_rows(x).shape[0], A.shape[0])
 
 
@@ -210,7 +219,7 @@ def _magnitude_pull(
 
 
 @_magnitude_pull.register_fake
-def _(g, y, x, W, bias, m, norm, h, B, A, scale, p, seed, wanted):  # type: ignore[no-untyped-def]
+def _(g, y, x, W, bias, m, norm, h, B, A, scale, p, seed, wanted):
     return tuple(t.new_empty(t.shape if asked else 0) for t, asked in zip((x, m, B, A), wanted))
 
 
@@ -249,7 +258,7 @@ def gathered(x: Tensor, A: Tensor, B: Tensor, index: Tensor, parts: int) -> Tens
 
 
 @gathered.register_fake
-def _(x, A, B, index, parts):  # type: ignore[no-untyped-def]
+def _(x, A, B, index, parts):
     return x.new_empty(*x.shape[:-1], B.shape[-1])
 
 

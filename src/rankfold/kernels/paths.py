@@ -1,4 +1,4 @@
-"""Which form of the hot products runs on a device: the one place that decides, asked when an adapter is attached, not per call."""
+"""Which form of the hot products runs on a device: the one place that decides, when an adapter is attached, not per call."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def split(
         for start in range(0, len(own), height):
             here = own[start : start + height]
             missing = height - len(here)
-            for part in range(-(-rank_of[adapter] // WIDTH)):
-                found.append(((adapter, part), here + here[:1] * missing, missing))
+            parts = range(-(-rank_of[adapter] // WIDTH))
+            found += [((adapter, part), here + here[:1] * missing, missing) for part in parts]
     found = _in_place(found, standing)
     rows = [row for _, own, _ in found for row in own]
     full = [float(k < height - missing) for _, _, missing in found for k in range(height)]
@@ -81,9 +81,7 @@ def split(
     )
 
 
-def _in_place(
-    found: list[tuple[Block, list[int], int]], standing: Sequence[Block]
-) -> list[tuple[Block, list[int], int]]:
+def _in_place(found: list[tuple[Block, list[int], int]], standing: Sequence[Block]) -> list[tuple[Block, list[int], int]]:
     """The blocks in another order: those that stand keep their position, the others fill up."""
     places: dict[Block, list[int]] = {}
     for position in range(min(len(found), len(standing)) - 1, -1, -1):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flags import answers, flagged, mend
+
 Number = float | int | Tensor
 
 __all__ = ["Dense", "Identity", "Operator", "Product", "Scaled", "Sum", "at_least_float32", "like"]
@@ -91,8 +93,10 @@ class Operator:
         return self.dense().mT[..., index, :]
 
     def rows(self, index: Tensor) -> Tensor:
-        """Δ[index, :]: [k] -> [k, in]."""
-        return self.dense()[..., index, :]
+        """Δ[index, :]: [k] -> [*batch, k, in], in at least float32; by a product, so that nothing of out x in is built."""
+        chosen = index[:, None] == torch.arange(self.shape[0], device=index.device)
+        chosen = chosen.to(torch.promote_types(self.dtype, torch.float32))
+        return self.rmatmul(chosen.expand(*self.batch, *chosen.shape))
 
     def row_sqnorm(self) -> Tensor:
         """‖Δ_j‖² for every output row j, [*batch, out], in at least float32."""
@@ -308,7 +312,8 @@ class Sum(Operator):
         return sum(rest, first)
 
     def row_sqnorm(self) -> Tensor:
-        """Σ ‖Δ_k‖² + 2 Σ_{k<l} ⟨Δ_k, Δ_l⟩ by rows; rows where that cancels below 1e-4 of its parts are formed and summed anew."""
+        """Σ ‖Δ_k‖² + 2 Σ_{k<l} ⟨Δ_k, Δ_l⟩ by rows; rows where that cancels below 1e-4 of its parts are formed and summed anew:
+        in a graph and on an accelerator, which nobody asks, the first 16 of them."""
         squares = [t.row_sqnorm() for t in self.terms]
         parts = torch.stack(squares).sum(0)
         n = parts
@@ -317,15 +322,11 @@ class Sum(Operator):
                 # the term with fewer parameters leads: its row_dot asks the other one only for a product
                 lead, other = (b, a) if b.rank_bound() < a.rank_bound() else (a, b)
                 n = n + 2.0 * lead.row_dot(other)
-        if torch.compiler.is_compiling():
-            return n.clamp_min(0.0)
         lost = n < 1e-4 * parts
-        if n.ndim > 1:  # beside a batch, rows can't be picked by entry: form the few maps of such a call whole
-            return torch.where(lost, super().row_sqnorm(), n) if lost.any() else n
-        bad = lost.nonzero().flatten()
-        if len(bad):
-            n = n.index_copy(0, bad, self.rows(bad).square().sum(-1))
-        return n
+        rows = flagged(lost if lost.ndim == 1 else lost.flatten(0, -2).any(0))  # beside a batch, in any of the maps
+        if len(rows):
+            n = mend(n, lost, rows, self.rows(rows).square().sum(-1))
+        return n if answers(n.device) else n.clamp_min(0.0)
 
     def row_dot(self, other: Operator) -> Tensor:
         first, *rest = (t.row_dot(other) for t in self.terms)

@@ -143,11 +143,10 @@ class QuantisedBase(Base):
 
     @torch.no_grad()
     def rows(self, index: Tensor) -> Tensor:
-        found = torch.empty(len(index), self.shape[1], device=self.device)
+        found = torch.zeros(len(index), self.shape[1], device=self.device)
         for start, stop, part in self.blocks(torch.float32):
-            here = (index >= start) & (index < stop)
-            if here.any():
-                found[here] = part[index[here] - start]
+            here = (index >= start) & (index < stop)  # by where: nobody asks the device which
+            found = torch.where(here[:, None], part[(index - start).clamp(0, stop - start - 1)], found)
         return found
 
     def row_sqnorm(self) -> Tensor:

@@ -20,6 +20,7 @@ from rankfold.kernels.lowrank import Drop, drop
 from rankfold.kernels.once import once
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Product, Scaled, Sum, like
 from rankfold.linalg.dropout import Dropout, TokenGate
+from rankfold.linalg.flags import answers
 from rankfold.linalg.structured import Diagonal
 
 from ..base import DenseBase
@@ -250,7 +251,7 @@ class _LowRankProduct(torch.autograd.Function):
             y = (u * how.rows(gain, u)).to(u.dtype)
             if bias is not None:
                 y += how.rows(like(how.shaped_bias(bias), y), y)
-            vanished = bool((m.abs() < VANISHED * norm).any())  # then y no longer tells u
+            vanished = not answers(x.device) or bool((m.abs() < VANISHED * norm).any())  # then y no longer tells u
         ctx.how, ctx.base, ctx.scale, ctx.dropped, ctx.vanished = how, base, scale, dropped, vanished
         need_m, _, need_B, need_A = ctx.needs_input_grad[2:6]
         seen = (u if vanished else y) if need_m else None
