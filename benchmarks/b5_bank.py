@@ -71,8 +71,8 @@ def decode(distinct: int, size: str) -> dict[str, Any]:
     import rankfold as rf
 
     model, base, other = _model(size), _model(size), _model(size)
-    bank = rf.Bank(model, rank=max(RANKS), slots=distinct)
-    for k in range(distinct):
+    bank = rf.Bank(model, rank=max(RANKS), slots=2 * distinct)
+    for k in range(2 * distinct):
         bank.add(f"a{k}", _adapter(model, k, RANKS[k % len(RANKS)]))
     names = [f"a{n % distinct}" for n in range(ROWS)]
     bank.select(names[0] if distinct == 1 else names)
@@ -87,7 +87,8 @@ def decode(distinct: int, size: str) -> dict[str, Any]:
             "peft": lambda: theirs(input_ids=ids, adapter_names=names),
         }
         if distinct > 1:
-            steps["chosen anew"] = lambda: (bank.select(names), model(ids))
+            steps["one anew"] = _changing(bank, steps["ours"], distinct, 1)
+            steps["all anew"] = _changing(bank, steps["ours"], distinct, distinct)
         timing = interleave(steps, rounds=3 if size == "toy" else 30)
     ratios = {n: list(timing.ratio(n, "base")) for n in steps if n != "base"}
     ms = {n: timing.ms(n) for n in steps}
@@ -104,6 +105,22 @@ def decode(distinct: int, size: str) -> dict[str, Any]:
         "read MB": read / 1e6,
         "bound": bound,
     }
+
+
+def _changing(bank: Any, run: Callable[[], Any], distinct: int, adapters: int) -> Callable[[], Any]:
+    """A step before which so many of the batch's adapters make way for others, at all of their rows: requests come and go."""
+    turn = 0
+
+    def step() -> None:
+        nonlocal turn
+        gone = {k % distinct for k in range(turn, turn + adapters)}
+        turn += adapters
+        bank.select(
+            [f"a{(int(name[1:]) + distinct * (n % distinct in gone)) % (2 * distinct)}" for n, name in enumerate(bank.selected)]
+        )
+        run()
+
+    return step
 
 
 def _bytes_per_second() -> float:
@@ -136,7 +153,7 @@ def handling(resident: int, size: str) -> dict[str, Any]:
         bank.select([f"a{(n + k) % resident}" for n in range(ROWS)])
         switch.append(time.perf_counter() - start)
         start = time.perf_counter()
-        bank.arena[1].copy_(bank.arena[2])
+        bank.arena.of(1).copy_(bank.arena.of(2))
         copied.append(time.perf_counter() - start)
     theirs_count = 2 if size == "toy" else 64
     theirs = _peft(_model(size), theirs_count, (8,))

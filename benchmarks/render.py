@@ -138,15 +138,16 @@ def bank(cells: Cells) -> str:
             ours, theirs = row["over base"]["ours"], row["over base"]["peft"]
             reach = BANK.get(row["adapters"])
             verdict = f"≤ {reach:g}: {'met' if ours[0] <= reach else 'missed'}" if reach else ""
-            anew = row["over base"].get("chosen anew")
+            anew = [row["over base"].get(f"{which} anew") for which in ("one", "all")]
             yield (
-                str(row["adapters"]), f"{row['ms']['base']:.2f} ms", _interval(ours), f"{anew[0]:.2f}" if anew else "",
+                str(row["adapters"]), f"{row['ms']['base']:.2f} ms", _interval(ours), *(f"{a[0]:.2f}" if a else "" for a in anew),
                 f"{row['bound']:.2f}", _interval(theirs), verdict,
             )  # fmt: skip
 
     text = "One token for each of 32 rows, adapters of rank 4, 8 and 16 in a bank of rank 16, over the base model's step.\n\n"
-    text += table(("adapters in the batch", "base", "ours", "chosen anew each step", "bound", "peft", "reach"), rows())
-    text += "\n\nThe bound is the base's step and the time to read the factors of the adapters present once from memory."
+    text += table(("adapters in the batch", "base", "ours", "one exchanged", "all exchanged", "bound", "peft", "reach"), rows())
+    text += "\n\nThe bound is the base's step and the time to read the factors of the adapters present once from memory. "
+    text += "Exchanged: before every step one of the batch's adapters, or each of them, makes way for another at all of its rows."
     row = cells.get("handling")
     if row is None:
         return text

@@ -13,6 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rankfold as rf
+from rankfold.core.base import base_of
+from rankfold.core.site import Site
 from rankfold.errors import LayoutError, OptionError, TargetError, UnknownName
 
 
@@ -307,3 +309,71 @@ def test_refusals() -> None:
     rf.adapt(base, "lora", rank=1)
     with pytest.raises(LayoutError, match=r"default is switched on.*adaptation.use\(\)"):
         bank.select("a")
+
+
+def test_only_what_an_earlier_choice_did_not_have_is_copied() -> None:
+    base = model()
+    bank = rf.Bank(base, RANK)
+    for k in range(12):
+        bank.add(f"a{k}", entries(k, 3))
+    names: list[str | None] = [f"a{n % 8}" for n in range(16)]
+    bank.select(names)
+    copied = []
+    more = [*names[:3], "a9", *names[4:]]
+    for other in (names, more, more, names[::-1], ["a9" if name == "a3" else name for name in names]):
+        bank.select(other)
+        before = bank._serving.copies.rows.clone() if bank._serving.copies is not None else None
+        with torch.no_grad():
+            got = base(IDS[:16])
+        expected = torch.cat([by_hand(entries(int(name[1:]), 3), IDS[n : n + 1]) for n, name in enumerate(other)])
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+        now = bank._serving.copies.rows
+        copied.append(None if before is None or before.shape != now.shape else int((before != now).any(1).sum()))
+    assert copied == [None, 1, 0, 0, 1]  # all; one more; the same again; one less, in other rows; one in the place of another
+    bank.replace("a0", entries(40, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS[:16])[8:9], by_hand(entries(40, 5), IDS[8:9]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "bnb-int8"])
+def test_a_bank_beside_a_packed_model(format: str) -> None:
+    """The base's product is the library's; changes, gains and magnitudes are those of the dequantised weight."""
+    pytest.importorskip("bitsandbytes" if "n" in format.replace("int", "") else "torchao")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 64)).eval()
+    rf.quantise(base, format, targets=["0"])
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: 0.3 * torch.randn(*shape, generator=g)
+    made = {
+        "a": [rf.Entry("0", draw(24, 3), draw(3, 64), 0.5), rf.Entry("2", draw(64, 2), draw(2, 24))],
+        "gain": [rf.Entry("0", draw(24, 9), draw(9, 64), 0.5, gain=1 + draw(24))],
+        "length": [rf.Entry("0", draw(24, 1), draw(1, 64), magnitude=1 + draw(24).abs())],
+    }
+    bank = rf.Bank(base, 12)
+    for name, own in made.items():
+        bank.add(name, rf.Adapter.of(own))
+    x = torch.randn(5, 64, generator=g)
+    names = ["a", None, "gain", "length", "a"]
+    with torch.no_grad():
+        u0, W0 = base[0](x), base_of(base[0], Site("0", (24, 64))).dense()
+        bank.select(names)
+        got = base(x)
+        alone = []
+        for name in names:
+            bank.select(name)
+            alone.append(base(x))
+        bank.select(None)
+    for n, name in enumerate(names):
+        u, W2, b2 = u0[n] - base[0].bias, base[2].weight, base[2].bias
+        for e in made.get(name, ()):
+            if e.name == "2":
+                W2 = W2 + e.scale * e.B @ e.A
+                continue
+            u = u + e.scale * e.B @ (e.A @ x[n])
+            gain = e.gain
+            if e.magnitude is not None:
+                gain = e.magnitude / (W0 + e.scale * e.B @ e.A).norm(dim=1)
+            u = u if gain is None else gain * u
+        expected = W2 @ torch.tanh(u + base[0].bias) + b2
+        torch.testing.assert_close(got[n], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone[n][n], expected, rtol=1e-4, atol=1e-4)

@@ -38,10 +38,11 @@ class Place:
     B: int
     gain: int
 
-    def factors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A [n, 8, in] and B [n, 8, out], views of n rows."""
+    def factors(self, rows: Tensor, vocabularies: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A [n, 8, in] and B [n, 8, out], views of n rows; a vocabulary's A of other rows, where `rows` holds none."""
         out, in_ = self.site.shape
-        A = rows.narrow(1, self.A, WIDTH * in_).unflatten(1, (WIDTH, in_))
+        of_A = rows if vocabularies is None or not self.tokens else vocabularies
+        A = of_A.narrow(1, self.A, WIDTH * in_).unflatten(1, (WIDTH, in_))
         return A, rows.narrow(1, self.B, WIDTH * out).unflatten(1, (WIDTH, out))
 
 

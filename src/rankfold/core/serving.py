@@ -42,14 +42,14 @@ BASE = Held(0, 0, False, 0, 0)
 class Copies:
     """The arena's rows that the present choice needs, block by block, so that all of them are one batched product.
 
-    Only blocks that an earlier choice did not have are copied. Views of them at the sites are made once.
+    Only blocks that an earlier choice did not have are copied. Views of the first n blocks at the sites are made once for each n.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.cut: Segments | None = None
         self.where = torch.empty(0, dtype=torch.long)
-        self.views: dict[int, tuple[Tensor, Tensor]] = {}
+        self.views: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
     def take(self, arena: Arena, chosen: Sequence[Held]) -> Segments:
         """Bring the copies to a choice."""
@@ -58,29 +58,27 @@ class Copies:
         cut = split([h.stamp for h in chosen], [h.rank for h in chosen], device, standing)
         n = len(cut.blocks)
         if self.rows is None or not n <= len(self.rows) <= 4 * max(1, n) or self.rows.device != device:
-            self.rows, standing = arena.factors.new_empty(n, arena.copied), []
+            self.rows, standing = arena.factors.new_empty(n + n // 4, arena.copied), []  # room for a few more
+            self.views.clear()
         slots = {h.stamp: h.slot for h in chosen}
         where = [slots[stamp] * arena.parts + part for stamp, part in cut.blocks]
         for position, (block, row) in enumerate(zip(cut.blocks, where)):
             if position >= len(standing) or standing[position] != block:
                 self.rows[position].copy_(arena.factors[row, : arena.copied])
         self.where = torch.tensor(where, dtype=torch.long, device=device)
-        self.views.clear()
         self.cut = cut
         return cut
 
     def of(self, place: Place, arena: Arena) -> tuple[Tensor, Tensor]:
         """A [n, 8, in] and B [n, 8, out] of the present blocks; a vocabulary's A is the arena's own, read where it stands."""
-        found = self.views.get(place.number)
+        n = len(self.where)
+        views = self.views.setdefault(n, {})
+        found = views.get(place.number)
         if found is None:
             assert self.rows is not None
-            rows = self.rows[: len(self.where)]
-            if place.tokens:
-                B = rows.narrow(1, place.B, WIDTH * place.site.shape[0]).unflatten(1, (WIDTH, -1))
-                found = place.factors(arena.factors)[0], B
-            else:
-                found = place.factors(rows)
-            self.views[place.number] = found
+            found = place.factors(self.rows[:n], arena.factors)
+            if not place.tokens:  # these read the arena, which may be another one by the next choice
+                views[place.number] = found
         return found
 
 
