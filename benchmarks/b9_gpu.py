@@ -1,14 +1,19 @@
 """B9, one large GPU: `python -m benchmarks.b9_gpu --out FOLDER` measures Llama's 1B and 8B shapes in bf16 and prints the table.
 
 Random weights, 8 x 2048 tokens, one whole step (forward, backward) of the frozen model, of peft as it comes, of peft without its
-float32 adapters, and of ours; compilation off and on. All of them stand on one base in turn, the floor before and after each,
-since several models of 8B do not fit beside each other. `--toy` tries every line on a CPU.
+float32 adapters, and of ours; compilation off and on. All of them stand on one base in turn, the floor around them (eager: before
+and after each; compiled: before the first and after the last, since it is compiled anew), as several models of 8B do not fit
+beside each other. What fails, for want of memory or in compilation, is a row that says so.
+
+Every row is written when it is there. `--minutes 9` begins none that would not end in time; the same command and folder
+go on with what is missing. `--toy` tries every line on a CPU. Needs torch, transformers, peft and triton, and no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import time
 import warnings
@@ -18,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is loaded: models of 8B leave little room
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +33,7 @@ import rankfold as rf
 from .protocol import conditions, peak_bytes
 from .results import Results
 
-__all__ = ["SHAPES", "Cell", "cells", "main", "measure", "table"]
+__all__ = ["SHAPES", "Bench", "Cell", "cells", "main", "measure", "table"]
 
 
 def _shape(hidden: int, mlp: int, layers: int, heads: int, key_heads: int, vocab: int) -> dict[str, int]:
@@ -44,6 +51,8 @@ SHAPES = {
 CHECKPOINTED = frozenset({"8B"})
 """Shapes whose activations do not fit: every competitor recomputes its blocks there, the floor too."""
 CONTENDERS = ("peft", "peft, no autocast", "ours")
+GUESS = {False: 40.0, True: 150.0}
+"""Seconds that a row may take, eager and compiled, before one is there to tell."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,15 @@ class Cell:
 
 
 def cells(toy: bool = False) -> Iterator[Cell]:
-    """Every cell; of the toy, those that run a line which no other does."""
+    """Every cell, the quick ones first; of the toy, those that run a line which no other does."""
     if toy:
         yield Cell("toy", "lora", 4, False, 2, 8)
         yield Cell("toy", "dora", 12, False, 2, 8)
         yield Cell("toy", "lora", 4, True, 2, 8)
         return
-    for shape in ("1B", "8B"):
-        for method, rank in (("lora", 16), ("dora", 16), ("dora", 384)):
-            for compiled in (False, True):
+    for compiled in (False, True):
+        for shape in ("1B", "8B"):
+            for method, rank in (("lora", 16), ("dora", 384), ("dora", 16)):
                 yield Cell(shape, method, rank, compiled)
 
 
@@ -132,62 +141,110 @@ def step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], None], device: torch.device, rounds: int, warm_up: int = 3) -> float:
-    """Median wall seconds of a step, each waited for."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for k in range(warm_up + rounds):
+def timed(run: Callable[[], None], device: torch.device, rounds: int, budget: float = 12.0) -> dict[str, float]:
+    """Median wall seconds of a step, each waited for, and the largest bytes held during one, with the model.
+
+    Steps are measured until there are `rounds` of them, or `budget` seconds are over and there are three.
+    """
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    run()  # compiles, and finds what is found once
+    wait()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        wait()
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = peak_bytes(run)
+    times: list[float] = []
+    while len(times) < rounds and (len(times) < 3 or sum(times) < budget):
         wait()
         start = time.perf_counter()
         run()
         wait()
-        if k >= warm_up:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times), "rounds": len(times), "peak GB": held / 1e9}
 
 
-def peak(run: Callable[[], None], device: torch.device) -> int:
-    """Largest bytes held during a step, with the model."""
-    if device.type != "cuda":
-        return peak_bytes(run)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device)
+class Bench:
+    """One shape's base with its input, on which contenders stand in turn."""
 
+    def __init__(self, cell: Cell, device: torch.device, rounds: int) -> None:
+        self.device, self.rounds, self.shape = device, rounds, cell.shape
+        self.model = base(cell, device)
+        torch.manual_seed(1)
+        shape = (cell.sequences, cell.tokens)
+        dtype = next(self.model.parameters()).dtype
+        self.x = torch.randn(*shape, SHAPES[cell.shape]["hidden_size"], device=device, dtype=dtype).requires_grad_()
+        self.labels = torch.randint(SHAPES[cell.shape]["vocab_size"], shape, device=device)
 
-def measure(cell: Cell, device: torch.device, rounds: int) -> dict[str, Any]:
-    """{contender: tokens/s, x floor, peak GB}; what does not fit, or does not compile, says so in its row."""
-    model = base(cell, device)
-    torch.manual_seed(1)
-    shape = (cell.sequences, cell.tokens)
-    x = torch.randn(*shape, SHAPES[cell.shape]["hidden_size"], device=device, dtype=next(model.parameters()).dtype)
-    labels = torch.randint(SHAPES[cell.shape]["vocab_size"], shape, device=device)
-    x.requires_grad_()
-
-    def timed(name: str) -> dict[str, float]:
-        with contender(name, model, cell) as changed:
-            torch.compiler.reset()
-            run = step(torch.compile(changed) if cell.compiled else changed, x, labels)
-            took = seconds(run, device, rounds)
-            return {"seconds": took, "tokens/s": x.shape[0] * x.shape[1] / took, "peak GB": peak(run, device) / 1e9}
-
-    rows: dict[str, dict[str, Any]] = {"floor": timed("floor")}
-    before = rows["floor"]["seconds"]
-    for name in CONTENDERS:
+    def row(self, name: str, cell: Cell) -> dict[str, Any]:
+        """{seconds, tokens/s, peak GB, took}, or {failed}: a competitor that fails is a row of the table, not the end of it."""
+        began = time.monotonic()
         try:
-            rows[name] = timed(name)
-        except Exception as error:  # a competitor that fails is a row of the table, not the end of it
-            rows[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+            with contender(name, self.model, cell) as changed:
+                torch.compiler.reset()
+                found = timed(
+                    step(torch.compile(changed) if cell.compiled else changed, self.x, self.labels), self.device, self.rounds
+                )
+            found["tokens/s"] = self.x.shape[0] * self.x.shape[1] / found["seconds"]
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
+        self.x.grad = None
         gc.collect()
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        after = timed("floor")["seconds"]
-        if "seconds" in rows[name]:
-            rows[name]["x floor"] = rows[name]["seconds"] / ((before + after) / 2)
-        before = after
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"cell": asdict(cell), "rows": rows, "rounds": rounds, "device": name, "checkpointed": cell.shape in CHECKPOINTED}
+        return {**found, "took": round(time.monotonic() - began, 1)}
+
+
+def measure(
+    cell: Cell, bench: Bench, found: dict[str, Any] | None, put: Callable[[dict[str, Any]], object], deadline: float
+) -> bool:
+    """The rows of a cell that are missing, each given to `put` with those before it; says whether all are there now.
+
+    No row is begun that would end after `deadline` (of time.monotonic), if it takes as long as the longest so far.
+    """
+    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
+    rows: dict[str, dict[str, Any]] = {} if found is None else dict(found["rows"])
+    missing = [n for n in CONTENDERS if n not in rows]
+    longest = max((r["took"] for r in rows.values()), default=GUESS[cell.compiled])
+    floors: list[float] = []
+
+    def run(contender: str) -> bool:
+        nonlocal longest
+        if time.monotonic() + longest > deadline:
+            return False
+        row = bench.row(contender, cell)
+        longest = max(longest, row["took"])
+        if contender == "floor" and "seconds" in row:
+            floors.append(row["seconds"])
+        if contender != "floor" or "floor" not in rows:
+            rows[contender] = row
+        put({"cell": asdict(cell), "rows": rows, "device": name, "checkpointed": cell.shape in CHECKPOINTED})
+        return True
+
+    def compare(done: Sequence[str]) -> None:
+        for n in done:
+            if "seconds" in rows[n] and floors:
+                rows[n]["x floor"] = rows[n]["seconds"] / statistics.mean(floors[-2:])
+        put({"cell": asdict(cell), "rows": rows, "device": name, "checkpointed": cell.shape in CHECKPOINTED})
+
+    if not missing:
+        return True
+    if not run("floor"):
+        return False
+    for k, n in enumerate(missing):
+        if not run(n):
+            compare(missing[:k])
+            return False
+        if not cell.compiled:
+            run("floor")
+            compare([n])
+    if cell.compiled:
+        run("floor")
+        compare(missing)
+    return True
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -199,7 +256,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines += [
             f"### {key}: {row['cell']['sequences']} x {row['cell']['tokens']} tokens{recomputed}",
             f"{row['device']} · {here['date']} · {', '.join(f'{p} {here[p]}' for p in ('torch', 'peft', 'transformers'))} · "
-            f"median of {row['rounds']} steps",
+            f"median of {min((r['rounds'] for r in row['rows'].values() if 'rounds' in r), default=0)} or more steps",
             "",
             "| | tokens/s | x floor | peak GB |",
             "|---|---|---|---|",
@@ -208,9 +265,14 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             if "failed" in r:
                 lines.append(f"| {name} | {r['failed']} | | |")
             else:
-                lines.append(f"| {name} | {r['tokens/s']:.0f} | {r.get('x floor', 1.0):.3f} | {r['peak GB']:.2f} |")
+                share = "1.000" if name == "floor" else f"{r['x floor']:.3f}" if "x floor" in r else ""
+                lines.append(f"| {name} | {r['tokens/s']:.0f} | {share} | {r['peak GB']:.2f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _whole(found: dict[str, Any] | None) -> bool:
+    return found is not None and all(name in found["rows"] for name in CONTENDERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -218,16 +280,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of b9.json; cells that are there already are kept")
     parser.add_argument("--cell", action="append", default=[], help="only cells whose key holds this text (may be repeated)")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, on a CPU if need be: does it run at all?")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="steps to measure, fewer where they are slow")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args(arguments)
     if not (options.toy or torch.cuda.is_available()):
         parser.error("no GPU here; --toy tries the script on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(", ".join(f"{k} {v}" for k, v in conditions().items()), flush=True)
     results = Results("B9", options.out, resume=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    bench: Bench | None = None
     for cell in cells(options.toy):
-        if not options.cell or any(part in cell.key for part in options.cell):
-            results.measure(cell.key, lambda cell=cell: measure(cell, device, options.rounds))
+        found = results.standing(cell.key)
+        if (options.cell and not any(part in cell.key for part in options.cell)) or _whole(found):
+            continue
+        if bench is None or bench.shape != cell.shape:
+            bench = None  # the other shape's base makes way first
+            gc.collect()
+            bench = Bench(cell, device, options.rounds)
+        if not measure(cell, bench, found, lambda row, key=cell.key: results.put(key, row), deadline):
+            print(f"{cell.key}: time is up; the same command goes on from here", flush=True)
+            break
+        print(f"{cell.key}: done", flush=True)
     print(table(results.cells))
 
 

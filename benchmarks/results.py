@@ -52,11 +52,20 @@ class Results:
 
     def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run one cell and write it down at once, with the conditions it ran under; or give what is there."""
-        found = self.cells.get(key)
-        if self.resume and found is not None and self._same(found["conditions"]):
+        found = self.standing(key)
+        if found is not None:
             return found
         here = self._conditions()
-        self.cells[key] = {**run(), "conditions": here}
+        return self.put(key, run(), here)
+
+    def standing(self, key: str) -> dict[str, Any] | None:
+        """A cell that need not be measured again: there from a run under the same conditions and source, and asked to be kept."""
+        found = self.cells.get(key)
+        return found if self.resume and found is not None and self._same(found["conditions"]) else None
+
+    def put(self, key: str, cell: dict[str, Any], here: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write down a cell, whole or as far as it is, with the conditions that it ran under."""
+        self.cells[key] = {**cell, "conditions": self._conditions() if here is None else here}
         self.write()
         return self.cells[key]
 

@@ -120,10 +120,12 @@ def test_lowrank_linear(dtype, offset, drop):
         near(one, other, dtype, 4.0)
 
 
+@pytest.mark.parametrize("rank", [3, 384])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_magnitude_linear(dtype):
+def test_magnitude_linear(dtype, rank):
     W, x = normal(18, 21, dtype=dtype), normal(3, 7, 21, dtype=dtype).requires_grad_()
-    B, A, bias = normal(18, 3).requires_grad_(), normal(3, 21).requires_grad_(), normal(18, dtype=dtype).requires_grad_()
+    B, A = normal(18, rank).requires_grad_(), normal(rank, 21).div_(rank).requires_grad_()
+    bias = normal(18, dtype=dtype).requires_grad_()
     m = normal(18, seed=2).add_(2.0).requires_grad_()
     norm = magnitude.row_norms(Weight(W), B, A, 0.5)
     y = reference_magnitude.magnitude_linear(x, Weight(W), bias, m, norm, B, A, 0.5, path=magnitude)

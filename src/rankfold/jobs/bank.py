@@ -39,8 +39,8 @@ class Bank(PlainBank):
         dtype: of the arena; None takes that of the weights.
         tolerance: the largest relative error (Frobenius, at any site) of a change that is cut to the bank's rank.
 
-    Cost: a step reads the factors of the adapters present once, in blocks of 8 ranks. Those that the choice before did not have are
-    copied at the first step after a choice; on a GPU with Triton they are read where they lie.
+    Cost: a step reads the factors of the adapters present once, in blocks of 8 ranks. The first step after a choice copies those
+    that the choice before did not have; on a GPU with Triton they are read where they lie.
 
     Raises:
         TargetError: a target whose kind of weight a bank can't serve (convolutions, experts, multi-head attention).
