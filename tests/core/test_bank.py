@@ -377,3 +377,33 @@ def test_a_bank_beside_a_packed_model(format: str) -> None:
         expected = W2 @ torch.tanh(u + base[0].bias) + b2
         torch.testing.assert_close(got[n], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(alone[n][n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_inference_mode_made_serves_outside_it() -> None:
+    """Copies, indices and a grown arena that were made under inference mode are changed and differentiated later."""
+    base = model()
+    bank = rf.Bank(base, 12, slots=1)
+    made = {f"a{k}": entries(k, 1 + 3 * k, gain=k == 1) for k in range(4)}
+    with torch.inference_mode():
+        for name, adapter in made.items():
+            bank.add(name, adapter)
+        for names in ("a3", "a1", ["a0", "a1", None, "a3"]):
+            bank.select(names)
+            base(IDS[:4])
+    bank.replace("a2", made["a2"])
+    for names in (["a0", "a1", None, "a3"], ["a2", "a1", "a0", "a3"], ["a3"] * 4, ["a1"] * 4):
+        bank.select(names)
+        base.zero_grad()
+        y = base(IDS[:4])
+        y.square().sum().backward()
+        assert base.embed.weight.grad is not None
+        expected = torch.cat([by_hand(made[n] if n else None, IDS[k : k + 1]) for k, n in enumerate(names)])
+        torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-10)
+    with torch.inference_mode():
+        bank.select(["a0", "a1", None, "a3"])
+        base(IDS[:4])
+    base(IDS[:4]).sum().backward()  # the same choice, which inference mode prepared
+    with torch.inference_mode():
+        bank.select("a3")
+        base(IDS[:4])
+    base(IDS[:4]).sum().backward()

@@ -152,6 +152,7 @@ class Arena:
         if self.gain1 is not None and packed.gain1 is not None:
             self.gain1[slot].copy_(packed.gain1)
 
+    @torch.inference_mode(False)
     def follow(self) -> None:
         """Go where the model is."""
         device = self.weight.device
@@ -159,6 +160,7 @@ class Arena:
             self.factors = self.factors.to(device)
             self.gain1 = None if self.gain1 is None else self.gain1.to(device)
 
+    @torch.inference_mode(False)
     def resized(self, slots: int, kept: Mapping[int, int]) -> None:
         """Other memory for so many slots, with slot `kept[k]` of the old in slot k; the old one's is returned."""
         factors = self.factors.new_zeros(slots * self.parts, self.factors.shape[1])

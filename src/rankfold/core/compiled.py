@@ -10,6 +10,7 @@ from torch import Tensor
 from rankfold.kernels import has_path
 from rankfold.kernels.lowrank import stack_factors
 from rankfold.kernels.operators import lowrank_product, magnitude_product, row_norms
+from rankfold.linalg.sharded import is_cut
 
 from .base import Base, DenseBase
 
@@ -17,8 +18,10 @@ __all__ = ["as_operators", "takes_operators"]
 
 
 def takes_operators(base: Base, x: Tensor) -> bool:
-    """Whether a graph should hold the library's operators here: a plain frozen weight, on a device with kernels."""
-    return has_path(x.device) and isinstance(base, DenseBase) and not base.trains() and x.dtype != torch.float64
+    """Whether a graph should hold the library's operators here: a plain frozen weight, whole, on a device with kernels."""
+    if not (has_path(x.device) and isinstance(base, DenseBase)) or base.trains():
+        return False
+    return x.dtype != torch.float64 and not is_cut(x) and not is_cut(base.stored)
 
 
 def as_operators(base: Any, fused: Any, x: Tensor, bias: Tensor | None) -> Tensor:

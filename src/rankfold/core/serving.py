@@ -51,6 +51,7 @@ class Copies:
         self.where = torch.empty(0, dtype=torch.long)
         self.views: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
+    @torch.inference_mode(False)  # what is kept serves passes of every mode
     def take(self, arena: Arena, chosen: Sequence[Held]) -> Segments:
         """Bring the copies to a choice."""
         standing = [] if self.cut is None else self.cut.blocks
@@ -100,6 +101,7 @@ class Serving:
         self.choose([])
         self.hooks = [p.module.register_forward_hook(self._hook(p), with_kwargs=True) for p in arena.places.values()]
 
+    @torch.inference_mode(False)
     def choose(self, chosen: Sequence[Held]) -> None:
         """Take a choice; factors are copied by the first step that needs them."""
         arena = self.arena
@@ -177,19 +179,25 @@ class Serving:
 
     def _rescale(self, place: Place, module: nn.Module, part: Tensor, compiled: bool) -> None:
         """part += (gain − 1) ∘ (part − bias): exactly the base's where the gain is 1."""
-        gain1 = self.gains.get(place.number) if not compiled else None
-        if gain1 is None:
-            assert self.arena.gain1 is not None
-            columns = self.arena.gain1.narrow(1, place.gain, place.site.shape[0])
-            gain1 = columns[self.index][:, None].to(part.dtype)  # [rows, 1, out]
-            if not compiled:
-                self.gains[place.number] = gain1
+        gain1 = self._chosen_gain(place) if compiled else self._kept_gain(place)
+        gain1 = gain1.to(part.dtype)
         bias = getattr(module, "bias", None)
         if bias is None:
             part.addcmul_(part.clone(), gain1)
         else:
             rows = place.site.rows
             part.addcmul_(part - (bias if rows is None else bias[rows[0] : rows[1]]).to(part.dtype), gain1)
+
+    def _chosen_gain(self, place: Place) -> Tensor:
+        """gain − 1 [rows, 1, out]."""
+        assert self.arena.gain1 is not None
+        return self.arena.gain1.narrow(1, place.gain, place.site.shape[0])[self.index][:, None]
+
+    def _kept_gain(self, place: Place) -> Tensor:
+        if place.number not in self.gains:
+            with torch.inference_mode(False):
+                self.gains[place.number] = self._chosen_gain(place)
+        return self.gains[place.number]
 
     def _by_row(self, place: Place, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows, tokens, in], or [rows, tokens] where the site takes tokens."""
@@ -213,20 +221,23 @@ class Serving:
         held, arena = self.chosen[0], self.arena
         if not held.rank:  # gains alone
             return
-        kept = self.one.get(place.number)
-        if kept is None:
-            A, B = place.factors(arena.of(held.slot))
-            kept = A if place.tokens else A.flatten(0, 1)[: held.rank].mT, B.flatten(0, 1)[: held.rank]
-            self.one[place.number] = kept
-            if not (self.scaled or place.tokens or place.site.rows):
-                self.quick[place.number] = kept
-        A, B = kept
+        A, B = self.one.get(place.number) or self._own(place, held)
         if place.tokens:
             every = torch.arange(arena.parts, device=x.device)[None]
             h = _columns(A, every, x.reshape(1, -1))[0, :, : held.rank]
         else:
             h = x.to(A.dtype).reshape(-1, x.shape[-1]).mm(A)
         add_one(part, h, B)
+
+    @torch.inference_mode(False)
+    def _own(self, place: Place, held: Held) -> tuple[Tensor, Tensor]:
+        """The one adapter's A [in, r], of a vocabulary as it lies, and B [r, out]; kept until the next choice."""
+        A, B = place.factors(self.arena.of(held.slot))
+        kept = A if place.tokens else A.flatten(0, 1)[: held.rank].mT, B.flatten(0, 1)[: held.rank]
+        self.one[place.number] = kept
+        if not (self.scaled or place.tokens or place.site.rows):
+            self.quick[place.number] = kept
+        return kept
 
     def _add_runs(self, kernels: ModuleType, place: Place, x: Tensor, part: Tensor, traced: bool) -> None:
         """By the device's kernels over the arena, which gradients pass by an operator of the library."""
@@ -239,7 +250,8 @@ class Serving:
         tokens = x.shape[1]
         if tokens not in self.runs:
             slots, ranks = [h.slot for h in self.chosen], [h.rank for h in self.chosen]
-            self.runs[tokens] = kernels.runs(slots, ranks, tokens, x.device)
+            with torch.inference_mode(False):
+                self.runs[tokens] = kernels.runs(slots, ranks, tokens, x.device)
         kernels.add_runs(part.flatten(0, 1), x.flatten(0, 1), A, B, arena.parts, self.runs[tokens])
 
     def _add_blocks(self, place: Place, x: Tensor, part: Tensor) -> None:
