@@ -31,6 +31,7 @@ class PlainBank:
     """Many frozen adapters of one model, chosen per row of the batch; adapters come as plain data. See `rf.Bank`, which takes
     folders and adapters in training as well.
 
+    >>> from rankfold.adapters.adapter import Entry
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> bank = PlainBank(model, rank=2)
     >>> _ = bank.add("ones", Adapter.of([Entry("0", torch.ones(3, 1), torch.ones(1, 4))]))
