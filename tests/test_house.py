@@ -191,6 +191,46 @@ def test_a_method_is_a_small_file(file):
     assert lines <= LONGEST_METHOD, f"{lines} lines: what is shared belongs below methods/, what is another idea in another file"
 
 
+def blocks(source: str) -> set[str]:
+    """Logic as it could be copied: bodies of functions that are more than one call, and two statements after each other."""
+    found = set()
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        body = [n for n in function.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        groups = [body, *(body[k : k + 2] for k in range(len(body) - 1))]
+        found |= {text for group in groups if (text := "\n".join(map(ast.unparse, group))) and size(group) > 15}
+    return found
+
+
+def size(nodes: list[ast.stmt]) -> int:
+    return sum(1 for node in nodes for _ in ast.walk(node))
+
+
+def shared_logic(files: dict[str, str]) -> dict[str, list[str]]:
+    """Blocks that stand in several of {name: source}, each with the names."""
+    holders: dict[str, list[str]] = {}
+    for name, source in files.items():
+        for block in blocks(source):
+            holders.setdefault(block, []).append(name)
+    return {block: names for block, names in holders.items() if len(names) > 1}
+
+
+def test_no_two_methods_share_a_block_of_logic():
+    assert shared_logic({relative(f): f.read_text(encoding="utf-8") for f in METHODS.glob("*/*.py")}) == {}
+
+
+SCALE = "def scale(self):\n    'Of {}.'\n    return 1.0 if self.alpha is None else self.alpha / self.rank**self.power"
+PAIR = "def f(self, site):\n    {}\n    out, in_ = site.shape\n    return {{'B': (out, self.rank), 'A': (self.rank, in_)}}"
+
+
+@pytest.mark.parametrize("source", [SCALE, PAIR])
+def test_the_rule_rejects_a_block_that_stands_twice(source):
+    assert shared_logic({"a.py": source.format("a"), "b.py": source.format("b")})
+
+
+def test_the_rule_accepts_a_call_of_the_shared_piece():
+    assert shared_logic(dict.fromkeys(("a.py", "b.py"), "def tensors(self, site):\n    return pair(site, self.rank)")) == {}
+
+
 # Nothing is unpickled, and no code comes with a model
 
 
