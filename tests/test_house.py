@@ -7,6 +7,8 @@ machine or the address of a package index; every public name exists.
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -229,6 +231,22 @@ def test_the_rule_rejects_a_block_that_stands_twice(source):
 
 def test_the_rule_accepts_a_call_of_the_shared_piece():
     assert shared_logic(dict.fromkeys(("a.py", "b.py"), "def tensors(self, site):\n    return pair(site, self.rank)")) == {}
+
+
+# One writer of files, which loads no torch
+
+
+def own_writers(source: str) -> list[str]:
+    """Calls by which a file takes another one's place: they belong to `rankfold.atomic`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [text for node in calls if (text := ast.unparse(node.func)) in ("os.replace", "os.rename", "tempfile.mkstemp")]
+
+
+def test_one_module_puts_files_in_their_places():
+    writers = [relative(f) for f in sources(PACKAGE) if own_writers(f.read_text(encoding="utf-8"))]
+    assert writers == ["src/rankfold/atomic.py"]
+    code = "import sys, rankfold.atomic; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # Nothing is unpickled, and no code comes with a model
