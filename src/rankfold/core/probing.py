@@ -138,7 +138,7 @@ def bypassed(keys: list[str]) -> str:
 
 
 class Entries:
-    """Which of the modules that hold an adapter's sites are called, from now until `close`: it tells a site that was bypassed from
+    """Which of the modules that hold an adapter's sites are called, from now until `close`: it tells a bypassed site from
     one that was left out with what is around it."""
 
     def __init__(self, store: Store, member: Member) -> None:
