@@ -100,7 +100,8 @@ def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     if not _runs(x):
         return looped_outer(g, x, ends)
     if (block := _block(x, g.shape[1] + x.shape[1], ends)) is not None:
-        return block.of(g).mT @ block.of(x)
+        narrow = g.shape[1] < x.shape[1]
+        return block.of(g, zeros=narrow).mT @ block.of(x, zeros=not narrow)
     G = F.grouped_mm((g if _fits(g) else _padded(g)).mT, x if _fits(x) else _padded(x), offs=ends).contiguous()
     if G.is_cuda:  # kernels for some GPUs leave a group without rows unwritten (pytorch/pytorch#172439)
         G.masked_fill_((ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None], 0)
@@ -148,29 +149,36 @@ class _Block(NamedTuple):
     products; padding costs less as long as groups are small. In float32 it never paid.
     """
 
-    where: Tensor
-    groups: int
-    longest: int
+    there: Tensor
+    """[rows], the place of each row among those of the block."""
+    source: Tensor
+    """[groups, longest], the row at each place; past the end of a group some other one."""
+    outside: Tensor
+    """[groups, longest, 1], whether a place is past the end of its group."""
 
-    def of(self, x: Tensor) -> Tensor:
-        """[E, longest, width]"""
-        padded = x.new_zeros(self.groups * self.longest, x.shape[1])
-        return padded.index_copy_(0, self.where, x).view(self.groups, self.longest, -1)
+    def of(self, x: Tensor, zeros: bool = False) -> Tensor:
+        """[groups, longest, width]"""
+        rows = x.index_select(0, self.source.view(-1)).view(*self.source.shape, -1)
+        return rows.masked_fill_(self.outside, 0) if zeros else rows
 
     def rows(self, y: Tensor) -> Tensor:
-        return y.flatten(0, 1).index_select(0, self.where)
+        return y.flatten(0, 1).index_select(0, self.there)
 
 
 def _block(x: Tensor, widths: int, ends: Tensor) -> _Block | None:
     rows, groups = x.shape[0], ends.shape[0]
-    if x.device.type != "cpu" or x.dtype == torch.float32 or rows * widths > groups * BLOCK:
+    if not rows or x.device.type != "cpu" or x.dtype == torch.float32 or rows * widths > groups * BLOCK:
         return None
-    sizes = ends.diff(prepend=ends.new_zeros(1))
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    sizes = ends - starts
     longest = int(sizes.max())
-    if not rows or longest * widths > BLOCK or longest * groups > PADDING * rows:
+    if longest * widths > BLOCK or longest * groups > PADDING * rows:
         return None
-    shift = torch.arange(groups) * longest - ends + sizes
-    return _Block(torch.arange(rows) + torch.repeat_interleave(shift, sizes, output_size=rows), groups, longest)
+    places = torch.arange(longest)
+    shift = torch.arange(groups) * longest - starts
+    there = torch.arange(rows) + torch.repeat_interleave(shift, sizes, output_size=rows)
+    source = (starts[:, None] + places).clamp_(max=rows - 1)
+    return _Block(there, source, (places >= sizes[:, None])[..., None])
 
 
 # as operators of the library
