@@ -153,9 +153,9 @@ REFUSED = {
     "no object": (pair(Q), [1], "not an object"),
     "no model of a pipeline": (pair(Q), {"lora_alpha": 2}, "'lora_alpha'"),
     "an unknown option": (pair(Q), {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_something": True}, "use_something"),
-    "an alpha beyond floats": (pair(Q), {"unet.lora_alpha": 10**400}, "no number that could be meant"),
-    "a pattern beyond floats": (pair(Q), {"unet.alpha_pattern": {"to_q": 10**400}}, "no float holds"),
-    "no number at all": (pair(Q), '{"unet.lora_alpha": NaN}', "no number that could be meant"),
+    "an alpha beyond floats": (pair(Q), {"unet.lora_alpha": 10**400}, "not a number that could be meant"),
+    "a pattern beyond floats": (pair(Q), {"unet.alpha_pattern": {"to_q": 10**400}}, "not a number that could be meant"),
+    "no number at all": (pair(Q), '{"unet.lora_alpha": NaN}', "NaN is not a JSON number"),
     "a regular expression": (pair(Q), {"unet.alpha_pattern": {"(a+)+$": 2}}, "regular expression"),
 }
 

@@ -15,19 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.errors import FileError, nearest
+from rankfold.errors import FileError, UnknownName, nearest
 from rankfold.linalg import Hadamard, Kronecker, LowRank, Operator, khatri_rao
 
 from ..adapter import Adapter, Entry
 from ..files import Limits, TensorInfo
+from .numbers import rank_number
 
-__all__ = ["LARGEST_RANK", "PARTS", "Change", "Foreign", "Layout", "check_shapes", "dtype_names", "resolve", "shapes_only"]
+__all__ = [
+    "PARTS",
+    "Change",
+    "Foreign",
+    "Layout",
+    "check_shapes",
+    "dtype_names",
+    "known_part",
+    "only_part",
+    "parts_hint",
+    "resolve",
+    "shapes_only",
+]
 
-LARGEST_RANK = 1 << 15
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The models of a pipeline, as diffusers calls them; a file may hold changes of several."""
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+WHOLE = ("I64", "I32")
+"""An alpha may be stored as a whole number: torch.tensor(8) in a trainer that casts nothing."""
 
 
 @dataclass(frozen=True)
@@ -170,22 +184,22 @@ def shapes_only(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor
     """Tensors of the shapes that a header promises, without storage: what is built from them costs nothing and shows what fits.
 
     Raises:
-        FileError: a tensor that is not floating point.
+        FileError: a tensor that is not floating point (an alpha may be a whole number).
     """
     for name, info in infos.items():
-        if info.dtype not in DTYPES:
+        if info.dtype not in DTYPES and not (name.endswith(".alpha") and info.dtype in WHOLE):
             raise FileError(f"{path}: tensor {name!r} is {info.dtype}; rankfold reads changes in {', '.join(DTYPES)}")
-    return {name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in infos.items()}
+    return {n: torch.empty(i.shape, dtype=DTYPES.get(i.dtype, torch.int64), device="meta") for n, i in infos.items()}
 
 
 def check_shapes(path: Path, change: Change, key: str, layout: Layout | None, limits: Limits) -> None:
     """Whether what was built from `shapes_only` fits the model, and what it would take.
 
     Raises:
-        FileError: another shape than the model's, a rank of 0 or above `LARGEST_RANK`, or more bytes than `limits` allow.
+        FileError: another shape than the model's, a rank that is none, or more bytes than `limits` allow.
     """
-    if change.rank is not None and not 1 <= change.rank <= LARGEST_RANK:
-        raise FileError(f"{path}: {key}: rank {change.rank}; 1 to {LARGEST_RANK} are allowed")
+    if change.rank is not None:
+        rank_number(change.rank, f"{path}: {key}: rank")
     need = sum(4 * math.prod(t.shape) for t in change.tensors.values())
     if need > limits.total_bytes:
         raise FileError(f"{path}: {key}: its factors would take {need} bytes; {limits.total_bytes} are allowed")
@@ -199,27 +213,72 @@ def check_shapes(path: Path, change: Change, key: str, layout: Layout | None, li
         )
 
 
+def known_part(part: str | None) -> None:
+    """Refuse what is no model of a pipeline.
+
+    Raises:
+        UnknownName: no such part.
+    """
+    if part is not None and part not in PARTS:
+        raise UnknownName.of("part", part, PARTS, f"there are: {', '.join(PARTS)}")
+
+
+def only_part(
+    path: Path, names: Iterable[str], part: str | None, begins: Callable[[str], str], means: Mapping[str, Any]
+) -> list[str]:
+    """The names of a file that belong to one model of a pipeline; all of them for None.
+
+    Args:
+        begins: how a name begins, as the file has it.
+        means: which part such a beginning stands for.
+
+    Raises:
+        UnknownName: no such part.
+        FileError: nothing for that part.
+    """
+    names = list(names)
+    known_part(part)
+    kept = [n for n in names if part is None or means.get(begins(n)) == part]
+    if part is not None and not kept:
+        there = sorted({b for n in names if (b := begins(n))})[:8]
+        raise FileError(f"{path}: holds nothing for the {part}; its keys begin with: {', '.join(there) or 'nothing known'}")
+    return kept
+
+
+def parts_hint(parts: Iterable[str], part: str | None) -> str:
+    """What to type where a file with changes of several models meets one of them."""
+    parts = sorted(set(parts))
+    if part or len(parts) < 2:
+        return ""
+    return f"the file holds changes of {', '.join(parts)}; read one of them: part={parts[0]!r}"
+
+
 def resolve(
-    path: Path, wanted: Mapping[str, list[str]], known: Iterable[str], spelled: Callable[[str], str], hint: str = ""
+    path: Path,
+    wanted: Mapping[str, list[str]],
+    known: Iterable[str],
+    spelled: Callable[[str], Iterable[str]],
+    hint: str = "",
 ) -> dict[str, str]:
     """{key of the file: name in the model}.
 
     Args:
         wanted: for each key, the spellings that it may stand for.
         known: names in the model.
-        spelled: how the file's tool would spell a name of the model.
+        spelled: the ways in which the file's tool may spell a name of the model.
         hint: added where a key fits nothing.
 
     Raises:
         FileError: a key that fits nothing (lists the nearest), or several names (lists them), or two keys that fit one name.
 
-    >>> resolve(Path("f"), {"a_b": ["a_b"]}, ["a.b", "a_b"], lambda n: n.replace(".", "_"))
+    >>> resolve(Path("f"), {"a_b": ["a_b"]}, ["a.b", "a_b"], lambda n: [n.replace(".", "_")])
     Traceback (most recent call last):
     rankfold.errors.FileError: f: 'a_b' may be a.b or a_b of this model; ...
     """
     by_spelling: dict[str, list[str]] = {}
     for name in known:
-        by_spelling.setdefault(spelled(name), []).append(name)
+        for spelling in spelled(name):
+            by_spelling.setdefault(spelling, []).append(name)
     found: dict[str, str] = {}
     users: dict[str, str] = {}
     for key, spellings in wanted.items():
