@@ -204,6 +204,38 @@ def test_experts_are_stacks_of_gate_up_and_down(kind, tmp_path):
             torch.testing.assert_close(read.metadata["adapter.lora.alpha"] / 2 * b @ a, change_of_all[k], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_of_a_model_as_gguf_are_what_folding_adds(kind, tmp_path):
+    torch.manual_seed(0)
+    config = {"mixtral": hf.MixtralConfig, "gpt_oss": hf.GptOssConfig}[kind](
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, head_dim=4, max_position_embeddings=16, pad_token_id=0, layer_types=["full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    adaptation = rf.adapt(model, "lora", rank=2, targets=["gate_up_proj", "down_proj"])
+    for k, p in enumerate(adaptation.parameters()):
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = export(model, adaptation, "gguf", tmp_path / "a.gguf")
+    assert (len(report.errors), report.largest) == (2, 0.0)
+    read = Reader(tmp_path / "a.gguf")
+    adaptation.fold()
+    experts = "model.layers.0.mlp.experts"
+    both, down = (
+        (model.get_submodule(experts).get_parameter(leaf) - base[f"{experts}.{leaf}"]).detach()
+        for leaf in ("gate_up_proj", "down_proj")
+    )
+    if kind == "gpt_oss":  # [expert, in, out], gate and up in turn
+        expected = {"ffn_gate_exps": both.mT[:, ::2], "ffn_up_exps": both.mT[:, 1::2], "ffn_down_exps": down.mT}
+    else:
+        expected = {"ffn_gate_exps": both[:, :24], "ffn_up_exps": both[:, 24:], "ffn_down_exps": down}
+    for name, change in expected.items():
+        a, b = (read.tensors[f"blk.0.{name}.weight.lora_{x}"] for x in "ab")
+        scale = read.metadata["adapter.lora.alpha"] / b.shape[-1]
+        torch.testing.assert_close(scale * b @ a, change, rtol=1e-4, atol=1e-5)
+
+
 def test_beside_experts_q_and_k_of_mixtral_are_those_of_llama(tmp_path):
     e = entry("self_attn.k_proj", 12, 16)
     for kind, paired in (("mixtral", True), ("qwen3_moe", False)):
