@@ -150,6 +150,14 @@ def test_inspect_knows_foreign_files_without_a_model(tmp_path):
         assert row.stats.frobenius == pytest.approx(with_base.stats.frobenius, rel=1e-5)
 
 
+def test_a_small_file_of_a_huge_change_is_not_built_to_be_looked_at(tmp_path):
+    side = torch.ones(300, 300)
+    write_tensors(tmp_path / "a.safetensors", {"lora_unet_q.lokr_w1": side, "lora_unet_q.lokr_w2": side})
+    (row,) = inspect_folder(tmp_path / "a.safetensors").rows
+    assert (row.shape, row.stats) == ((90_000, 90_000), None)
+    assert "too large to be measured" in row.note
+
+
 def test_files_are_told_apart(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
     with pytest.raises(FileError, match="by its keys; it holds: x"):

@@ -22,8 +22,8 @@ from torch import Tensor
 from rankfold.errors import FileError, nearest
 
 from ..files import LIMITS, Limits, parse_json, read_header, read_tensors
-from .foreign import PARTS, Change, Foreign, Layout, check_shapes, dtype_names, only_part, parts_hint, resolve, shapes_only
-from .lycoris import build, stored_alpha
+from .foreign import PARTS, Change, Foreign, Layout, dtype_names, only_part, parts_hint, resolve
+from .lycoris import build, promised, stored_alpha
 from .peft_config import alpha_of, checked
 
 __all__ = ["is_diffusers", "read_diffusers"]
@@ -78,14 +78,9 @@ def read_diffusers(path: str | Path, layout: Layout | None = None, part: str | N
     infos = {n: header.tensors[n] for own in groups.values() for n in own.values()}
     configs = _configs(path, header.metadata)
     names = _module_names(path, groups, layout, part)
-    empty = shapes_only(path, infos)
-    promised = {}
-    for stem, own in groups.items():
-        shapes = _vector({leaf: empty[n] for leaf, n in own.items()})
-        promised[stem] = build(names[stem], shapes, None, f"{path}: {stem}")
-        check_shapes(path, promised[stem], stem, layout, limits)
-    alphas = {stem: _configured(stem, promised[stem], configs) for stem in groups}
-    ranks = sorted({c.rank or 0 for s, c in promised.items() if "alpha" not in groups[s] and alphas[s] is None})
+    expected = promised(path, groups, infos, names, layout, limits, _vector)
+    alphas = {stem: _configured(stem, change, configs) for stem, change in expected.items()}
+    ranks = sorted({c.rank or 0 for s, c in expected.items() if "alpha" not in groups[s] and alphas[s] is None})
     if len(ranks) > 1:
         raise FileError(
             f"{path}: ranks {', '.join(map(str, ranks))} and no alpha: diffusers scales such a file by its commonest rank. "

@@ -74,7 +74,7 @@ def write_gguf(
             tensors.append((f"{name}.lora_a", written.A.mT if e.kind == "embedding" else written.A))
             tensors.append((f"{name}.lora_b", rows(written.B)))
     common = Counter(t.dtype for _, t in tensors).most_common(1)[0][0]
-    metadata = {
+    metadata: dict[str, str | int | float] = {
         "general.architecture": ARCHITECTURES[heads.model_type].architecture,
         "general.type": "adapter",
         "general.file_type": TYPES[common][1],

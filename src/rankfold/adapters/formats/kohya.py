@@ -19,9 +19,9 @@ from rankfold.errors import CompositionError, FileError
 from ..adapter import Adapter, Entry
 from ..algebra import join_rows
 from ..files import LIMITS, Limits, read_header, read_tensors, write_tensors
-from .foreign import Foreign, Layout, check_shapes, dtype_names, shapes_only
+from .foreign import Foreign, Layout, dtype_names
 from .kohya_names import ADDED, PREFIXES, is_kohya, modules_of_part, names_in_model, stems
-from .lycoris import LEAVES, build, stored_alpha
+from .lycoris import LEAVES, build, promised, stored_alpha
 from .rounding import cast, relative_error
 
 __all__ = ["PREFIXES", "is_kohya", "read_kohya", "write_kohya"]
@@ -50,20 +50,18 @@ def read_kohya(path: str | Path, layout: Layout | None = None, part: str | None 
     groups = modules_of_part(path, header.tensors, part)
     infos = {n: header.tensors[n] for own in groups.values() for n in own.values()}
     names = names_in_model(path, groups, layout, part)
-    empty = shapes_only(path, infos)
-    changed = {s: own for s, own in groups.items() if any(leaf in LEAVES for leaf in own)}
-    for stem, own in changed.items():
-        if set(own) & {"diff", "w_norm"}:
-            raise FileError(f"{path}: {stem}: has {', '.join(sorted(own))}, which are two changes of one weight")
-        shapes = {leaf: empty[n] for leaf, n in own.items() if leaf in LEAVES}
-        check_shapes(path, build(names[stem], shapes, None, f"{path}: {stem}"), stem, layout, limits)
+    changed = {s: kept for s, own in groups.items() if (kept := {k: n for k, n in own.items() if k in LEAVES})}
+    for stem in changed:
+        if groups[stem].keys() & {"diff", "w_norm"}:
+            raise FileError(f"{path}: {stem}: has {', '.join(sorted(groups[stem]))}, which are two changes of one weight")
+    promised(path, changed, infos, names, layout, limits)
     added = {n: f"{names[s]}.{ADDED[leaf]}" for s, own in groups.items() for leaf, n in own.items() if leaf in ADDED}
     for name, parameter in added.items():
-        _fits(path, name, tuple(empty[name].shape), parameter, layout)
+        _fits(path, name, infos[name].shape, parameter, layout)
     tensors = read_tensors(path, limits)
     changes = {}
     for stem, own in changed.items():
-        mine = {leaf: tensors[n] for leaf, n in own.items() if leaf in LEAVES}
+        mine = {leaf: tensors[n] for leaf, n in own.items()}
         changes[names[stem]] = build(names[stem], mine, stored_alpha(mine), f"{path}: {stem}")
     differences = {p: _shaped(tensors[n], p, layout) for n, p in added.items()}
     return Foreign("kohya", changes, differences, dtype_names(infos.values()), _about(header.metadata))

@@ -16,18 +16,20 @@ LyCORIS Fine-Tuning to Model Evaluation", 2023, arXiv:2309.14859.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rankfold.errors import FileError
 
-from .foreign import Change
+from ..files import Limits, TensorInfo
+from .foreign import Change, Layout, check_shapes, shapes_only
 from .numbers import number
 
-__all__ = ["ALPHA", "LEAVES", "build", "stored_alpha"]
+__all__ = ["ALPHA", "LEAVES", "build", "promised", "stored_alpha"]
 
 ALPHA = "alpha"
 DORA = "dora_scale"
@@ -36,6 +38,34 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LEAVES = (*LORA, *LOHA, *LOKR, ALPHA, DORA)
 """All that a changed weight may be made of."""
+
+
+def promised(
+    path: Path,
+    groups: Mapping[str, Mapping[str, str]],
+    infos: Mapping[str, TensorInfo],
+    names: Mapping[str, str],
+    layout: Layout | None,
+    limits: Limits,
+    turned: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Change]:
+    """The changes that the header of a file promises, by module, checked before a tensor of them is read.
+
+    Args:
+        groups: {module of the file: {what a tensor is, as `build` calls it: its full name}}.
+        infos: what the header says of each.
+        names: module of the file -> name of the change.
+        turned: makes the tensors of a module those that `build` takes.
+
+    Raises:
+        FileError: tensors that don't belong together, or don't fit each other or the model; more than `limits` allow.
+    """
+    empty = shapes_only(path, infos)
+    found = {}
+    for stem, own in groups.items():
+        found[stem] = build(names[stem], turned({leaf: empty[n] for leaf, n in own.items()}), None, f"{path}: {stem}")
+        check_shapes(path, found[stem], stem, layout, limits)
+    return found
 
 
 def stored_alpha(own: Mapping[str, Tensor]) -> float | None:

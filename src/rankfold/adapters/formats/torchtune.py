@@ -14,8 +14,8 @@ from typing import Any
 from rankfold.errors import FileError, nearest
 
 from ..files import LIMITS, Limits, read_header, read_json, read_tensors
-from .foreign import Foreign, Layout, check_shapes, dtype_names, resolve, shapes_only
-from .lycoris import build
+from .foreign import Foreign, Layout, dtype_names, resolve
+from .lycoris import build, promised
 from .numbers import number, rank_number
 from .peft_config import CONFIG, TENSORS
 from .rotary import Heads, halves_of_pairs
@@ -67,15 +67,12 @@ def read_torchtune(
     names = {s: s for s in groups}
     if layout is not None:
         names = resolve(file, {s: [_translated(s)] for s in groups}, layout.sites, lambda name: [name])
-    empty = shapes_only(file, header.tensors)
     moved = {s for s in groups if layout is not None and s.endswith((".attn.q_proj", ".attn.k_proj"))}
-    for stem, own in groups.items():
-        promised = build(names[stem], {leaf: empty[n] for leaf, n in own.items()}, None, f"{file}: {stem}")
-        check_shapes(file, promised, stem, layout, limits)
-        if promised.rank != config["r"]:
-            raise FileError(f"{file}: {stem} is of rank {promised.rank}, {CONFIG} says {config['r']}")
+    for stem, change in promised(file, groups, header.tensors, names, layout, limits).items():
+        if change.rank != config["r"]:
+            raise FileError(f"{file}: {stem} is of rank {change.rank}, {CONFIG} says {config['r']}")
         if stem in moved:
-            _known_order(file, stem, heads, promised.shape[0])
+            _known_order(file, stem, heads, change.shape[0])
     tensors = read_tensors(file, limits)
     changes = {}
     for stem, own in groups.items():
