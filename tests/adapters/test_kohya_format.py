@@ -297,7 +297,7 @@ def test_a_block_that_the_model_has_not_and_one_that_is_fused_are_refused_with_t
     layout = Layout(dict.fromkeys(SDXL.values(), (3, 2)))
     with pytest.raises(FileError, match="input_blocks_11_0_in_layers_2' fits no module"):
         read_kohya(kohya_file(tmp_path, ["lora_unet_input_blocks_11_0_in_layers_2"]), layout)
-    with pytest.raises(FileError, match=r"original code of FLUX, whose q, k and v are one weight"):
+    with pytest.raises(FileError, match=r"original code of FLUX or HunyuanImage, whose q, k and v are one weight"):
         read_kohya(kohya_file(tmp_path, ["lora_unet_double_blocks_0_img_attn_qkv"]), Layout({"x": (3, 2)}))
 
 

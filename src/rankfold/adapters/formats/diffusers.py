@@ -7,12 +7,13 @@ Forms of one key, in the order in which diffusers wrote them; the model of the p
     attn1.to_q.lora_A.weight                  as peft, with lora_magnitude_vector for DoRA
 
 The scale is alpha / rank. alpha is a tensor beside the factors, or stands in the header (`lora_adapter_metadata`, the config of
-peft for each model); without either the scale is 1, which diffusers does too as long as all ranks are one.
+peft for each model); without either the scale is 1.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def read_diffusers(path: str | Path, layout: Layout | None = None, part: str | N
 
     Raises:
         FileError: damaged or hostile; a key of another kind, or one that fits no module, or two; shapes that don't fit each other
-            or the model; several ranks and no alpha, which diffusers scales by the commonest rank.
+            or the model; a number that could not be meant.
         UnknownName: no such part.
     """
     path = Path(path)
@@ -82,9 +83,10 @@ def read_diffusers(path: str | Path, layout: Layout | None = None, part: str | N
     alphas = {stem: _configured(stem, change, configs) for stem, change in expected.items()}
     ranks = sorted({c.rank or 0 for s, c in expected.items() if "alpha" not in groups[s] and alphas[s] is None})
     if len(ranks) > 1:
-        raise FileError(
-            f"{path}: ranks {', '.join(map(str, ranks))} and no alpha: diffusers scales such a file by its commonest rank. "
-            "Save it again with a diffusers that writes lora_adapter_metadata"
+        warnings.warn(
+            f"{path}: ranks {', '.join(map(str, ranks))} and no alpha: read at scale 1, as diffusers does now; "
+            "older ones scaled all but one rank. Compare outputs",
+            stacklevel=2,
         )
     tensors = read_tensors(path, limits)
     changes: dict[str, Change] = {}

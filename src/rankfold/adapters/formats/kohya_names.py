@@ -28,7 +28,7 @@ ADDED = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias
 LEVEL = "text_model."
 """A level of CLIP's text encoders that kohya's names have and transformers 5 dropped."""
 UNMAPPED = {
-    "double_blocks_": "FLUX", "single_blocks_": "FLUX", "joint_blocks_": "Stable Diffusion 3",
+    "double_blocks_": "FLUX or HunyuanImage", "single_blocks_": "FLUX or HunyuanImage", "joint_blocks_": "Stable Diffusion 3",
 }  # fmt: skip
 """Blocks of an original code whose q, k and v are one weight and those of diffusers three: there is no module to fit."""
 
