@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -192,3 +193,36 @@ def test_fuzz_alphas_as_tensors(tmp_path, alpha, diffusers):
     with suppress(RankfoldError):
         rf.load(model, path)
         assert torch.isfinite(model["q"](torch.ones(1, 6))).all()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every value inside a JSON document, by the keys that lead to it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize(
+    "token", ["1e999", "-1", "1" + "0" * 400, "0.5", "true", "null", '"1"', "[2]", "NaN"], ids=lambda t: t[:6]
+)
+def test_every_place_of_our_own_record(token, tmp_path):
+    """An error that is not ours would be a traceback in the command line."""
+    folder = rf.adapt(small(), "magnitude+lora", rank=2).save(tmp_path / "a")
+    good = (folder / "adapter.json").read_text()
+    found = list(places(json.loads(good)))
+    assert {("trained", "seed"), ("sites", 0, "rank"), ("sites", 0, "shape", 0)} <= set(found)
+    for place in found:
+        document = json.loads(good)
+        owner = document
+        for key in place[:-1]:
+            owner = owner[key]
+        owner[place[-1]] = "@"
+        (folder / "adapter.json").write_text(json.dumps(document).replace('"@"', token))
+        with suppress(RankfoldError):
+            rf.load(small(), folder)

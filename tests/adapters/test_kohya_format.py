@@ -293,6 +293,15 @@ def test_names_of_diffusers_and_of_the_original_model_are_read_too(tmp_path):
         read_kohya(kohya_file(tmp_path, both), layout)
 
 
+def test_in_a_block_without_attention_the_upsampler_comes_second(tmp_path):
+    """The first of Stable Diffusion 1 and 2, which have three layers per block on the way up too."""
+    known = [f"down_blocks.0.resnets.{j}.conv1" for j in range(2)] + [f"up_blocks.0.resnets.{j}.conv1" for j in range(3)]
+    known += ["up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv", "up_blocks.1.attentions.2.proj_in"]
+    path = kohya_file(tmp_path, ["lora_unet_output_blocks_2_1_conv", "lora_unet_output_blocks_5_2_conv"])
+    found = read_kohya(path, Layout(dict.fromkeys(known, (3, 2)))).changes
+    assert set(found) == {"up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"}
+
+
 def test_a_block_that_the_model_has_not_and_one_that_is_fused_are_refused_with_the_reason(tmp_path):
     layout = Layout(dict.fromkeys(SDXL.values(), (3, 2)))
     with pytest.raises(FileError, match="input_blocks_11_0_in_layers_2' fits no module"):
