@@ -23,12 +23,11 @@ from ..fingerprint import fingerprint
 from . import peft_multihead as multihead
 from . import peft_stacks as stacks
 from . import peft_tokens
-from .peft_config import CONFIG, TENSORS, checked, rank_of, scale_of
+from .peft_config import CONFIG, TENSORS, checked, factor_names, rank_of, scale_of, written
 
 __all__ = ["CONFIG", "TENSORS", "read_peft", "write_peft"]
 
 PREFIX = "base_model.model."
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 Factors = dict[str, Tensor]
 
@@ -62,7 +61,7 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
     tensors: Factors = {f"{PREFIX}{module}.{peft_tokens.PART}": t for module, t in token_values.items()}
     places = stacks.places([e.name for e in entries if e.kind in stacks.EXPERTS]) | multihead.places(entries)
     for e in entries:
-        a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        a, b = factor_names(e.kind == "embedding")
         where = PREFIX + places.get(e.name, e.name)
         tensors[f"{where}.{a}"], tensors[f"{where}.{b}"] = stacks.stored(e)
         if e.magnitude is not None:
@@ -128,26 +127,21 @@ def _config(
 ) -> dict[str, Any]:
     rank, alpha = stacks.rank_of(entries[0]), _alpha(entries[0])
     experts = [e.name for e in entries if e.kind in stacks.EXPERTS]
-    task = metadata.get("task_type")
-    return {
-        "peft_type": "LORA",
-        "task_type": task if task in TASKS else None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(e.name): stacks.rank_of(e) for e in entries if stacks.rank_of(e) != rank},
-        "alpha_pattern": {_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
-        "use_rslora": False,  # alpha holds the whole scale: scale = alpha / r at every site
-        "use_dora": entries[0].magnitude is not None,
-        "target_modules": [e.name for e in entries if e.kind not in stacks.EXPERTS] or None,
+    return written(
+        metadata.get("task_type"),
+        base_model,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={_pattern(e.name): stacks.rank_of(e) for e in entries if stacks.rank_of(e) != rank},
+        alpha_pattern={_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
+        use_rslora=False,  # alpha holds the whole scale: scale = alpha / r at every site
+        use_dora=entries[0].magnitude is not None,
+        target_modules=[e.name for e in entries if e.kind not in stacks.EXPERTS] or None,
         **({"target_parameters": experts} if experts else {}),
-        "modules_to_save": modules or None,
-        "bias": bias,
-        "fan_in_fan_out": any(e.kind == "conv1d" for e in entries),
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-    }
+        modules_to_save=modules or None,
+        bias=bias,
+        fan_in_fan_out=any(e.kind == "conv1d" for e in entries),
+    )
 
 
 def _pattern(name: str) -> str:
@@ -234,7 +228,7 @@ def _split(name: str, path: Path) -> tuple[str, str | None]:
 def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> Entry:
     where = path / TENSORS
     embedding = "lora_embedding_A" in own or "lora_embedding_B" in own
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    names = factor_names(embedding)
     known = {*names, "lora_magnitude_vector"}
     missing = [n for n in names if n not in own]
     if missing or own.keys() - known:

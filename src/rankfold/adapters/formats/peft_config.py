@@ -15,10 +15,11 @@ from rankfold.errors import FileError
 
 from .numbers import number, rank_number
 
-__all__ = ["CONFIG", "TENSORS", "alpha_of", "checked", "rank_of", "scale_of"]
+__all__ = ["CONFIG", "TENSORS", "alpha_of", "checked", "factor_names", "rank_of", "scale_of", "written"]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # options that do not change what the stored tensors compute
 HARMLESS = {
@@ -82,6 +83,31 @@ def checked(config: Any, where: str | Path) -> dict[str, Any]:
     for key, reads in (("rank_pattern", rank_number), ("alpha_pattern", number)):
         config[key] = {p: reads(v, f"{where}: {key} {p[:60]!r}") for p, v in config[key].items()}
     return config
+
+
+def written(task: Any, base_model: str | None, **own: Any) -> dict[str, Any]:
+    """A config to be stored beside factors: what every one of ours says, and its own options.
+
+    Args:
+        task: peft's name of the form of the model; whatever else is no name of one is left out.
+
+    >>> written("CAUSAL_LM", None, r=8)["task_type"], written("poetry", None, r=8)["task_type"]
+    ('CAUSAL_LM', None)
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task if task in TASKS else None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "init_lora_weights": True,  # peft runs other inits again when it loads
+        "lora_dropout": 0.0,
+        **own,
+    }
+
+
+def factor_names(embedding: bool) -> tuple[str, str]:
+    """What peft calls A and B behind the name of a module."""
+    return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
 
 
 def alpha_of(config: Mapping[str, Any], site: str) -> float:

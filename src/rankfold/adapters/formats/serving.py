@@ -17,7 +17,8 @@ from rankfold.errors import CompositionError, OptionError
 from ..adapter import STACKED, Adapter, Entry
 from ..algebra import join_rows
 from ..files import atomic_folder, write_json, write_tensors
-from .peft import CONFIG, PREFIX, TENSORS
+from .peft import PREFIX
+from .peft_config import CONFIG, TENSORS, factor_names, written
 from .rounding import cast, relative_error
 
 __all__ = ["ServingReport", "write_serving"]
@@ -85,25 +86,21 @@ def write_serving(
     rank = largest if rank is None else rank
     if rank < largest:
         raise OptionError(f"serving: rank {rank}, and the adapter needs {largest}; truncate it first, which reports its error")
-    written = {k: _folded(e, rank, dtype) for k, e in entries.items()}
-    errors = {k: relative_error(e, written[k]) for k, e in entries.items()}
+    folded = {k: _folded(e, rank, dtype) for k, e in entries.items()}
+    errors = {k: relative_error(e, folded[k]) for k, e in entries.items()}
     tensors: dict[str, Tensor] = {}
-    for e in written.values():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    for e in folded.values():
+        a, b = factor_names(e.kind == "embedding")
         tensors[f"{PREFIX}{e.name}.{a}"], tensors[f"{PREFIX}{e.name}.{b}"] = e.A, e.B
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted({e.name.rsplit(".", 1)[-1] for e in written.values()}),
-        "bias": "none",
-        "fan_in_fan_out": any(e.kind == "conv1d" for e in written.values()),
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-    }
+    config = written(
+        adapter.metadata.get("task_type"),
+        base_model,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({e.name.rsplit(".", 1)[-1] for e in folded.values()}),
+        bias="none",
+        fan_in_fan_out=any(e.kind == "conv1d" for e in folded.values()),
+    )
     with atomic_folder(path, owns=(CONFIG, TENSORS)) as folder:
         write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
