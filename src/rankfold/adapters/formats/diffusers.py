@@ -23,8 +23,9 @@ from torch import Tensor
 from rankfold.errors import FileError, nearest
 
 from ..files import LIMITS, Limits, parse_json, read_header, read_tensors
-from .foreign import PARTS, Change, Foreign, Layout, dtype_names, only_part, parts_hint, resolve
+from .foreign import Change, Foreign, Layout, dtype_names
 from .lycoris import build, promised, stored_alpha
+from .matching import PARTS, only_part, parts_hint, resolve
 from .peft_config import alpha_of, checked
 
 __all__ = ["is_diffusers", "read_diffusers"]

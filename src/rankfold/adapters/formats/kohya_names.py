@@ -12,8 +12,9 @@ from pathlib import Path
 from rankfold.errors import CompositionError, FileError, UnknownName, nearest
 
 from ..adapter import Entry
-from .foreign import PARTS, Layout, only_part, parts_hint, resolve
+from .foreign import Layout
 from .lycoris import LEAVES
+from .matching import PARTS, only_part, parts_hint, resolve
 from .original_names import original_names
 
 __all__ = ["ADDED", "PREFIXES", "is_kohya", "modules_of_part", "names_in_model", "stems"]

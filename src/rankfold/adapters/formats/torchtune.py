@@ -14,8 +14,9 @@ from typing import Any
 from rankfold.errors import FileError, nearest
 
 from ..files import LIMITS, Limits, read_header, read_json, read_tensors
-from .foreign import Foreign, Layout, dtype_names, resolve
+from .foreign import Foreign, Layout, dtype_names
 from .lycoris import build, promised
+from .matching import resolve
 from .numbers import number, rank_number
 from .peft_config import CONFIG, TENSORS
 from .rotary import Heads, halves_of_pairs
