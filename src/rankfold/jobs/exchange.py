@@ -348,8 +348,7 @@ def _one_file(
         unlike = [f"{s.site.key}: {r}" for s in adaptation.slots(name) if (r := _unlike_peft(model, s.site))]
         if unlike:
             raise CompositionError(unlike[0].replace("peft's", "kohya's"))
-        text = all(e.name.removeprefix("text_model.").startswith("encoder.layers.") for e in adapter.entries.values())
-        rounded = kohya.write_kohya(file, adapter, "lora_te" if text else "lora_unet", dtype)
+        rounded = kohya.write_kohya(file, adapter, dtype=dtype)
     else:
         heads = heads_of(model)
         if heads is None:
