@@ -55,8 +55,8 @@ class Contenders:
 
     models: dict[str, nn.Module]
     x: Tensor
-    pairs: list[tuple[Tensor, Tensor]]
-    """(peft's trainable tensor, ours): B, A and magnitude of every site."""
+    pairs: list[tuple[Any, Tensor]]
+    """(peft's trainable tensor, or what has its gradient, and ours): B, A and magnitude of every site."""
 
     def step(self, name: str) -> Callable[[], None]:
         """Forward and backward. The version of every tensor that trains moves first, as after an optimizer: no cache may help."""

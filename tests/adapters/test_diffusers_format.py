@@ -1,6 +1,7 @@
 """Files by hand in every spelling that diffusers had: the module and the scale that each means."""
 
 import json
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -145,7 +146,6 @@ REFUSED = {
         None,
         r"fits no module of this model; nearest: mid\.attn1\.to_q",
     ),
-    "ranks and no alpha": ({**pair(Q), **WIDE}, None, "ranks 2, 3 and no alpha"),
     "one tensor twice": ({**pair(Q), "unet.mid.attn1.to_q.lora.down.weight": DOWN}, None, "in two spellings"),
     "columns": ({**pair(Q), "unet.mid.attn1.to_q.lora_magnitude_vector": torch.ones(1, 6)}, None, "length per row"),
     "alpha zero": ({**pair(Q), "unet.mid.attn1.to_q.alpha": torch.tensor(0.0)}, None, "alpha is 0"),
@@ -153,9 +153,9 @@ REFUSED = {
     "no object": (pair(Q), [1], "not an object"),
     "no model of a pipeline": (pair(Q), {"lora_alpha": 2}, "'lora_alpha'"),
     "an unknown option": (pair(Q), {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_something": True}, "use_something"),
-    "an alpha beyond floats": (pair(Q), {"unet.lora_alpha": 10**400}, "no number that could be meant"),
-    "a pattern beyond floats": (pair(Q), {"unet.alpha_pattern": {"to_q": 10**400}}, "no float holds"),
-    "no number at all": (pair(Q), '{"unet.lora_alpha": NaN}', "no number that could be meant"),
+    "an alpha beyond floats": (pair(Q), {"unet.lora_alpha": 10**400}, "not a number that could be meant"),
+    "a pattern beyond floats": (pair(Q), {"unet.alpha_pattern": {"to_q": 10**400}}, "not a number that could be meant"),
+    "no number at all": (pair(Q), '{"unet.lora_alpha": NaN}', "NaN is not a JSON number"),
     "a regular expression": (pair(Q), {"unet.alpha_pattern": {"(a+)+$": 2}}, "regular expression"),
 }
 
@@ -165,6 +165,15 @@ def test_refused_by_name(case, tmp_path):
     tensors, config, message = REFUSED[case]
     with pytest.raises(FileError, match=message):
         read_diffusers(file(tmp_path, tensors, config), UNET)
+
+
+def test_several_ranks_without_alpha_are_of_scale_one_and_said(tmp_path):
+    path = file(tmp_path, {**pair(Q), **WIDE})
+    with pytest.warns(UserWarning, match="ranks 2, 3 and no alpha: read at scale 1"):
+        found = read_diffusers(path, UNET).changes
+    assert {c.rank: c.scale for c in found.values()} == {2: 1.0, 3: 1.0}
+    path = file(tmp_path, {**pair(Q), **WIDE}, {"unet.r": 2, "unet.rank_pattern": {"mid.ff.proj": 3}, "unet.lora_alpha": 6})
+    assert {c.rank: c.scale for c in read_diffusers(path, UNET).changes.values()} == {2: 3.0, 3: 2.0}
 
 
 def test_a_name_that_fits_two_modules_is_refused(tmp_path):
@@ -208,7 +217,8 @@ def test_fuzz(tmp_path, shapes, config):
     path = tmp_path / "a.safetensors"
     metadata = None if config is None else {"lora_adapter_metadata": config if isinstance(config, str) else json.dumps(config)}
     safetensors.torch.save_file({".".join(k): torch.ones(s) for k, s in shapes.items()}, path, metadata)
-    with suppress(RankfoldError):
+    with suppress(RankfoldError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         found = read_diffusers(path, UNET)
         assert all(c.shape == UNET.sites[c.name] for c in found.changes.values())
 

@@ -232,6 +232,102 @@ def test_a_pipeline_and_one_model_of_it(tmp_path):
         read_kohya(path, encoder, "transformer")
 
 
+ATTENTION = "transformer_blocks.0.attn1.to_q"
+SDXL = {  # as the U-Net of Stable Diffusion XL is published, and what diffusers calls the same module
+    "input_blocks_0_0": "conv_in",
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": f"down_blocks.1.attentions.0.{ATTENTION}",
+    "input_blocks_5_1_proj_in": "down_blocks.1.attentions.1.proj_in",
+    "input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+    "input_blocks_7_1_transformer_blocks_0_attn1_to_q": f"down_blocks.2.attentions.0.{ATTENTION}",
+    "input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj",
+    "middle_block_0_in_layers_2": "mid_block.resnets.0.conv1",
+    "middle_block_1_transformer_blocks_0_attn1_to_q": f"mid_block.attentions.0.{ATTENTION}",
+    "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+    "output_blocks_0_1_transformer_blocks_0_attn2_to_out_0": "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "output_blocks_2_0_out_layers_3": "up_blocks.0.resnets.2.conv2",
+    "output_blocks_2_1_transformer_blocks_0_attn1_to_q": f"up_blocks.0.attentions.2.{ATTENTION}",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_3_1_proj_out": "up_blocks.1.attentions.0.proj_out",
+    "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks_6_0_in_layers_2": "up_blocks.2.resnets.0.conv1",
+    "output_blocks_8_0_skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
+    "time_embed_0": "time_embedding.linear_1",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+    "out_2": "conv_out",
+}
+
+
+def kohya_file(path: Path, stems) -> Path:
+    """A LoRA of its own numbers at each module."""
+    tensors = {}
+    for k, stem in enumerate(stems):
+        tensors |= {f"{stem}.lora_up.weight": torch.full((3, 1), k + 1.0), f"{stem}.lora_down.weight": torch.ones(1, 2)}
+    write_tensors(path / "a.safetensors", tensors)
+    return path / "a.safetensors"
+
+
+@pytest.mark.parametrize("root", ["", "unet."])
+def test_names_of_the_original_code_of_sdxl(root, tmp_path):
+    path = kohya_file(tmp_path, [f"lora_unet_{stem}" for stem in SDXL])
+    found = read_kohya(path, Layout(dict.fromkeys([root + name for name in SDXL.values()], (3, 2)))).changes
+    assert len(found) == len(SDXL)
+    for k, name in enumerate(SDXL.values()):
+        assert found[root + name].operator().dense()[0, 0] == k + 1
+
+
+def test_names_of_diffusers_and_of_the_original_model_are_read_too(tmp_path):
+    layout = Layout(dict.fromkeys(SDXL.values(), (3, 2)))
+    flat = [f"lora_unet_{name.replace('.', '_')}" for name in SDXL.values()]
+    assert set(read_kohya(kohya_file(tmp_path, flat), layout).changes) == set(SDXL.values())
+    own = Layout({"input_blocks.4.1.transformer_blocks.0.attn1.to_q": (3, 2)})
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    assert set(read_kohya(kohya_file(tmp_path, [stem]), own).changes) == set(own.sites)
+    both = [stem, f"lora_unet_down_blocks_1_attentions_0_{ATTENTION.replace('.', '_')}"]
+    with pytest.raises(FileError, match="both change down_blocks"):
+        read_kohya(kohya_file(tmp_path, both), layout)
+
+
+def test_in_a_block_without_attention_the_upsampler_comes_second(tmp_path):
+    """The first of Stable Diffusion 1 and 2, which have three layers per block on the way up too."""
+    known = [f"down_blocks.0.resnets.{j}.conv1" for j in range(2)] + [f"up_blocks.0.resnets.{j}.conv1" for j in range(3)]
+    known += ["up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv", "up_blocks.1.attentions.2.proj_in"]
+    path = kohya_file(tmp_path, ["lora_unet_output_blocks_2_1_conv", "lora_unet_output_blocks_5_2_conv"])
+    found = read_kohya(path, Layout(dict.fromkeys(known, (3, 2)))).changes
+    assert set(found) == {"up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"}
+
+
+def test_a_block_that_the_model_has_not_and_one_that_is_fused_are_refused_with_the_reason(tmp_path):
+    layout = Layout(dict.fromkeys(SDXL.values(), (3, 2)))
+    with pytest.raises(FileError, match="input_blocks_11_0_in_layers_2' fits no module"):
+        read_kohya(kohya_file(tmp_path, ["lora_unet_input_blocks_11_0_in_layers_2"]), layout)
+    with pytest.raises(FileError, match=r"original code of FLUX or HunyuanImage, whose q, k and v are one weight"):
+        read_kohya(kohya_file(tmp_path, ["lora_unet_double_blocks_0_img_attn_qkv"]), Layout({"x": (3, 2)}))
+
+
+def test_a_text_encoder_is_written_with_the_level_that_kohya_knows(tmp_path):
+    """transformers 5 dropped "text_model" from CLIPTextModel; the files of sd-scripts have it."""
+    module = "encoder.layers.0.self_attn.q_proj"
+    flat = "text_model_encoder_layers_0_self_attn_q_proj"
+    names = {
+        (module,): ("lora_te",),
+        (f"text_model.{module}",): ("lora_te",),
+        (f"text_encoder.{module}",): ("lora_te",),
+        (f"text_encoder.{module}", f"text_encoder_2.text_model.{module}"): ("lora_te1", "lora_te2"),
+    }
+    for modules, prefixes in names.items():
+        entries = [Entry(name, torch.ones(3, 1), torch.ones(1, 2)) for name in modules]
+        write_kohya(tmp_path / "a.safetensors", Adapter.of(entries))
+        keys = {k.partition(".")[0] for k in safetensors.torch.load_file(tmp_path / "a.safetensors")}
+        assert keys == {f"{prefix}_{flat}" for prefix in prefixes}
+        assert set(read_kohya(tmp_path / "a.safetensors", Layout(dict.fromkeys(modules, (3, 2)))).changes) == set(modules)
+
+
 def test_two_keys_for_one_module_are_refused(tmp_path):
     t = draw(u=(3, 1), d=(1, 2))
     tensors = {}

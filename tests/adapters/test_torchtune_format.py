@@ -132,7 +132,7 @@ REFUSED = {
     "alpha of text": (GOOD, {"lora_alpha": "3"}, "lora_alpha"),
     "an alpha beyond floats": (GOOD, {"lora_alpha": 10**400}, "lora_alpha"),
     "no alpha": (GOOD, {"lora_alpha": None}, "lora_alpha"),
-    "rank of truth": (GOOD, {"r": True}, "r 'True'"),
+    "rank of truth": (GOOD, {"r": True}, "r True"),
 }
 
 

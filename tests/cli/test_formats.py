@@ -1,8 +1,13 @@
 """Adapters as single files, as a person types it."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 import rankfold as rf
+from rankfold.adapters.files import write_tensors
 from rankfold.jobs.models import load_model
 
 
@@ -30,12 +35,71 @@ def test_from_a_folder_to_kohya_to_gguf(command, place):
     assert "kohya adapter" in out
 
 
+A, B = torch.ones(2, 6), torch.ones(8, 2)
+CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
+FOREIGN = {  # what stands in the one file of a folder, the config beside it, and what inspect calls it
+    "kohya": ({"lora_unet_q.lora_down.weight": A, "lora_unet_q.lora_up.weight": B}, None, "kohya adapter"),
+    "lycoris": ({f"lora_unet_q.hada_w{k}_{x}": t for k in "12" for x, t in (("a", B), ("b", A))}, None, "hadamard"),
+    "diffusers": ({"unet.q.lora_A.weight": A, "unet.q.lora_B.weight": B}, None, "diffusers adapter"),
+    "torchtune": (
+        {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B}, CONFIG, "torchtune adapter",
+    ),
+    "peft": ({"base_model.model.q.lora_A.weight": A, "base_model.model.q.lora_B.weight": B}, CONFIG, "peft adapter"),
+}  # fmt: skip
+
+
+def folder(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, object] | None) -> Path:
+    path.mkdir()
+    write_tensors(path / "adapter_model.safetensors", tensors)
+    if config is not None:
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_inspect_says_whose_file_it_is(form, command, tmp_path):
+    tensors, config, said = FOREIGN[form]
+    path = folder(tmp_path / "a", tensors, config)
+    code, out, err = command("inspect", path if config else path / "adapter_model.safetensors")
+    assert code == 0, err
+    assert said in out
+    assert "8 x 6" in out
+    code, out, err = command("inspect", path, "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert (row["rank"], row["shape"]) == (2, [8, 6])
+
+
+@pytest.mark.parametrize("form", ["torchtune", "peft"])
+def test_a_hostile_number_is_one_line(form, command, tmp_path):
+    tensors, config, _ = FOREIGN[form]
+    path = folder(tmp_path / "a", tensors, {**config, "lora_alpha": 10**400})
+    code, _, err = command("inspect", path)
+    assert code == 2
+    assert "lora_alpha 1000" in err
+    assert "Traceback" not in err
+
+
+def test_serving_prints_the_error_of_every_site(command, place):
+    how = ("--model", "tiny-llama", "--task", "lm", "--dtype", "bfloat16")
+    code, out, err = command("export", place / "ours", "--to", "serving", "--out", place / "out", *how)
+    assert code == 0, err
+    assert "relative error of the change" in out
+    assert "serving, 2 sites, bfloat16: largest error" in out
+    assert {p.name for p in (place / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    code, out, err = command("inspect", place / "out")
+    assert code == 0, err
+    assert "peft adapter" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("inspect", "out/lora.gguf"), "does not read it"),
         (("export", "lora.safetensors", "--to", "peft", "--out", "p"), "name it: --model M"),
         (("export", "ours", "--to", "gguff", "--out", "p"), "nearest: gguf"),
+        (("export", "ours", "--to", "koya", "--out", "p"), "nearest: kohya"),
+        (("export", "ours", "--to", "serving", "--out", "p", "--dtype", "bfloat"), "nearest: bfloat16"),
         (("export", "lora.safetensors", "--to", "kohya", "--out", "p", "--model", "all-minilm-l6-v2"), "fits no module"),
     ],
 )

@@ -22,9 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rankfold.atomic import atomic_file, atomic_folder, recover_folder, write_text
 from rankfold.errors import FileError, NumericError, nearest
-
-from .atomic import atomic_file, atomic_folder, recover_folder, write_text
 
 __all__ = [
     "LIMITS",
@@ -34,6 +33,7 @@ __all__ = [
     "TensorInfo",
     "atomic_folder",
     "check_object",
+    "parse_json",
     "read_header",
     "read_json",
     "read_tensors",
@@ -104,9 +104,19 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _parse(data: bytes, path: Path, what: str, depth: int) -> Any:
+def parse_json(data: bytes | str, path: Path, what: str, limits: Limits = LIMITS) -> Any:
+    """JSON from a stranger: no key twice, no NaN, not too deep.
+
+    Args:
+        path, what: for messages: where it was found, and what it is called.
+
+    Raises:
+        FileError: anything else.
+    """
+    depth = limits.json_depth
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: {what} is not valid JSON: {error}") from error
     if _depth(value) > depth:
@@ -176,7 +186,7 @@ def read_header(path: str | Path, limits: Limits = LIMITS) -> Header:
             data = file.read(length)
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror or error})") from error
-    raw = _parse(data, path, "the safetensors header", limits.json_depth)
+    raw = parse_json(data, path, "the safetensors header", limits)
     if not isinstance(raw, dict):
         raise FileError(f"{path}: the safetensors header is a {type(raw).__name__}, not an object")
     metadata = raw.pop("__metadata__", {})
@@ -403,7 +413,7 @@ def read_json(path: str | Path, schema: Schema | None = None, limits: Limits = L
         data = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror or error})") from error
-    value = _parse(data, path, "the file", limits.json_depth)
+    value = parse_json(data, path, "the file", limits)
     return value if schema is None else check_object(value, schema, str(path))
 
 

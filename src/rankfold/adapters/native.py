@@ -174,6 +174,9 @@ def load_native(path: str | Path, limits: Limits = LIMITS) -> NativeAdapter:
     labels = document.get("labels")
     if labels is not None and not all(isinstance(x, str) for x in labels):
         raise FileError(f"{path / JSON}: labels must be a list of texts")
+    trained = document.get("trained", {})
+    if type(trained.get("seed", 0)) is not int:
+        raise FileError(f"{path / JSON}: the seed {str(trained['seed'])[:40]!r} is not a whole number")
     return NativeAdapter(
         method=document["method"],
         options=document["options"],
@@ -183,7 +186,7 @@ def load_native(path: str | Path, limits: Limits = LIMITS) -> NativeAdapter:
         extras=extras,
         labels=None if labels is None else tuple(labels),
         base=_base(document.get("base"), samples, path),
-        trained=document.get("trained", {}),
+        trained=trained,
         untied=tuple(map(str, document.get("untied", ()))),
     )
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rankfold.adapters.adapter import Adapter
 from rankfold.adapters.algebra import join_rows
-from rankfold.adapters.atomic import recover_folder
 from rankfold.adapters.files import read_header
 from rankfold.adapters.fingerprint import Fingerprint, compare
 from rankfold.adapters.formats import gguf, kohya, peft, serving
 from rankfold.adapters.formats.torchtune import is_torchtune
 from rankfold.adapters.native import JSON, NativeAdapter, SiteRecord
 from rankfold.adapters.rows import split_rows
+from rankfold.atomic import recover_folder
 from rankfold.core.attaching import specs_of
 from rankfold.core.site import Site
 from rankfold.core.store import store_of
@@ -348,8 +348,7 @@ def _one_file(
         unlike = [f"{s.site.key}: {r}" for s in adaptation.slots(name) if (r := _unlike_peft(model, s.site))]
         if unlike:
             raise CompositionError(unlike[0].replace("peft's", "kohya's"))
-        text = all(e.name.removeprefix("text_model.").startswith("encoder.layers.") for e in adapter.entries.values())
-        rounded = kohya.write_kohya(file, adapter, "lora_te" if text else "lora_unet", dtype)
+        rounded = kohya.write_kohya(file, adapter, dtype=dtype)
     else:
         heads = heads_of(model)
         if heads is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ __all__ = ["Inspection", "SiteRow", "inspect_adaptation", "inspect_folder", "ins
 NEEDS_BASE = "the change leans on the base: --model M"
 SHARED = "tensors shared among sites: --model M"
 NO_MATRIX = "depends on the input, so it is no fixed matrix"
+TOO_LARGE = "too large to be measured without the model that says its size: --model M"
+MOST_NUMBERS = 1 << 28
+"""Of a change that is measured: a few factors in a file of a stranger can stand for a matrix that no memory holds."""
 
 
 @dataclass(frozen=True)
@@ -271,9 +275,12 @@ def _foreign(found: Foreign) -> Inspection:
     rows = []
     for key, c in found.changes.items():
         numbers = sum(t.numel() for t in (*c.tensors.values(), c.magnitude) if t is not None)
-        stats = spectral_stats(spectrum(c.operator())) if c.magnitude is None else None
+        change = c.operator()
+        built = min(prod(change.shape), sum(change.shape) * change.rank_bound())
+        note = NEEDS_BASE if c.magnitude is not None else TOO_LARGE if built > MOST_NUMBERS else ""
+        stats = None if note else spectral_stats(spectrum(change))
         kind = "linear" if c.kernel is None else "convolution"
-        rows.append(SiteRow(key, kind, c.shape, c.rank, numbers, stats, None, NEEDS_BASE if stats is None else ""))
+        rows.append(SiteRow(key, kind, c.shape, c.rank, numbers, stats, None, note))
     added = sum(t.numel() for t in found.differences.values())
     return Inspection(
         f"{found.format} adapter",

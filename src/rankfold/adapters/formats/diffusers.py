@@ -7,26 +7,26 @@ Forms of one key, in the order in which diffusers wrote them; the model of the p
     attn1.to_q.lora_A.weight                  as peft, with lora_magnitude_vector for DoRA
 
 The scale is alpha / rank. alpha is a tensor beside the factors, or stands in the header (`lora_adapter_metadata`, the config of
-peft for each model); without either the scale is 1, which diffusers does too as long as all ranks are one.
+peft for each model); without either the scale is 1.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rankfold.errors import FileError, UnknownName, nearest
+from rankfold.errors import FileError, nearest
 
-from ..files import LIMITS, Limits, read_header, read_tensors
-from .foreign import PARTS, Change, Foreign, Layout, check_shapes, dtype_names, resolve, shapes_only
-from .lycoris import build
-from .peft import _checked as checked_config
-from .peft import _matching as pattern_value
+from ..files import LIMITS, Limits, parse_json, read_header, read_tensors
+from .foreign import Change, Foreign, Layout, dtype_names
+from .lycoris import build, promised, stored_alpha
+from .matching import PARTS, only_part, parts_hint, resolve
+from .peft_config import alpha_of, checked
 
 __all__ = ["is_diffusers", "read_diffusers"]
 
@@ -64,46 +64,37 @@ def read_diffusers(path: str | Path, layout: Layout | None = None, part: str | N
 
     Raises:
         FileError: damaged or hostile; a key of another kind, or one that fits no module, or two; shapes that don't fit each other
-            or the model; several ranks and no alpha, which diffusers scales by the commonest rank.
+            or the model; a number that could not be meant.
         UnknownName: no such part.
     """
     path = Path(path)
     header = read_header(path, limits)
-    if part is not None and part not in PARTS:
-        raise UnknownName.of("part", part, PARTS, f"there are: {', '.join(PARTS)}")
+    stems = {name: _split(path, name) for name in header.tensors}
+    kept = only_part(path, stems, part, lambda name: _owner(stems[name][0]), {p: p for p in PARTS})
     groups: dict[str, dict[str, str]] = {}  # key of a module -> tensor as lycoris.py calls it -> full name
-    for name in header.tensors:
-        stem, leaf = _split(path, name)
-        if part is None or stem.partition(".")[0] == part:
-            if leaf in groups.setdefault(stem, {}):
-                raise FileError(f"{path}: {name!r} and {groups[stem][leaf]!r} are one tensor in two spellings")
-            groups[stem][leaf] = name
-    if part is not None and not groups:
-        there = sorted({n.partition(".")[0] for n in header.tensors})[:8]
-        raise FileError(f"{path}: holds nothing for the {part}; its keys begin with: {', '.join(there) or 'nothing'}")
+    for name in kept:
+        stem, leaf = stems[name]
+        if leaf in groups.setdefault(stem, {}):
+            raise FileError(f"{path}: {name!r} and {groups[stem][leaf]!r} are one tensor in two spellings")
+        groups[stem][leaf] = name
     infos = {n: header.tensors[n] for own in groups.values() for n in own.values()}
     configs = _configs(path, header.metadata)
     names = _module_names(path, groups, layout, part)
-    empty = shapes_only(path, infos)
-    promised = {}
-    for stem, own in groups.items():
-        shapes = {leaf: empty[n] for leaf, n in own.items()}
-        if "alpha" in shapes and shapes["alpha"].numel() != 1:
-            raise FileError(f"{path}: {stem}.alpha {list(shapes['alpha'].shape)} is not one number")
-        promised[stem] = build(names[stem], _vector(shapes), None, f"{path}: {stem}")
-        check_shapes(path, promised[stem], stem, layout, limits)
-    alphas = {stem: _configured(path, stem, promised[stem], configs) for stem in groups}
-    ranks = sorted({c.rank or 0 for s, c in promised.items() if "alpha" not in groups[s] and alphas[s] is None})
+    expected = promised(path, groups, infos, names, layout, limits, _vector)
+    alphas = {stem: _configured(stem, change, configs) for stem, change in expected.items()}
+    ranks = sorted({c.rank or 0 for s, c in expected.items() if "alpha" not in groups[s] and alphas[s] is None})
     if len(ranks) > 1:
-        raise FileError(
-            f"{path}: ranks {', '.join(map(str, ranks))} and no alpha: diffusers scales such a file by its commonest rank. "
-            "Save it again with a diffusers that writes lora_adapter_metadata"
+        warnings.warn(
+            f"{path}: ranks {', '.join(map(str, ranks))} and no alpha: read at scale 1, as diffusers does now; "
+            "older ones scaled all but one rank. Compare outputs",
+            stacklevel=2,
         )
     tensors = read_tensors(path, limits)
     changes: dict[str, Change] = {}
     for stem, own in groups.items():
         mine = _vector({leaf: tensors[n] for leaf, n in own.items()})
-        alpha = float(mine["alpha"]) if "alpha" in mine else alphas[stem]
+        alpha = stored_alpha(mine)
+        alpha = alphas[stem] if alpha is None else alpha
         changes[names[stem]] = build(names[stem], mine, alpha, f"{path}: {stem}")
     return Foreign("diffusers", changes, {}, dtype_names(infos.values()))
 
@@ -142,13 +133,13 @@ def _spellings(stem: str) -> list[str]:
 def _module_names(path: Path, groups: Mapping[str, object], layout: Layout | None, part: str | None) -> dict[str, str]:
     if layout is None:
         return {stem: stem for stem in groups}
-    parts = sorted({child for s in groups if (child := s.partition(".")[0]) in PARTS})
-    hint = (
-        f"the file holds changes of {', '.join(parts)}; read one of them: part={parts[0]!r}"
-        if len(parts) > 1 and not part
-        else ""
-    )
-    return resolve(path, {s: _spellings(s) for s in groups}, layout.sites, lambda name: name, hint)
+    hint = parts_hint((p for s in groups if (p := _owner(s)) in PARTS), part)
+    return resolve(path, {s: _spellings(s) for s in groups}, layout.sites, lambda name: [name], hint)
+
+
+def _owner(stem: str) -> str:
+    """The model of the pipeline, where the key begins with one."""
+    return stem.partition(".")[0]
 
 
 def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -156,10 +147,7 @@ def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
     text = metadata.get(CONFIG)
     if text is None:
         return {}
-    try:
-        flat = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: {CONFIG} is not valid JSON: {error}") from error
+    flat = parse_json(text, path, CONFIG)
     if not isinstance(flat, dict):
         raise FileError(f"{path}: {CONFIG} is a {type(flat).__name__}, not an object")
     configs: dict[str, dict[str, Any]] = {}
@@ -168,21 +156,13 @@ def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
         if not dot or child not in PARTS:
             raise FileError(f"{path}: {CONFIG} has {key[:60]!r}; its keys begin with one of {', '.join(PARTS)}")
         configs.setdefault(child, {"peft_type": "LORA"})[option] = value
-    try:
-        return {child: checked_config(config, path) for child, config in configs.items()}
-    except OverflowError as error:
-        raise FileError(f"{path}: {CONFIG} holds a number that no float holds") from error
+    return {child: checked(config, f"{path}: {CONFIG}: {child}") for child, config in configs.items()}
 
 
-def _configured(path: Path, stem: str, change: Change, configs: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _configured(stem: str, change: Change, configs: Mapping[str, Mapping[str, Any]]) -> float | None:
     """alpha that makes alpha / rank the scale that the config says; None where there is no config."""
     child, _, rest = stem.partition(".")
-    config = configs.get(child)
-    if config is None:
+    if (config := configs.get(child)) is None:
         return None
-    alpha = pattern_value(config["alpha_pattern"], rest)
-    alpha = config["lora_alpha"] if alpha is None else alpha
-    if not abs(alpha) < 1e30:
-        raise FileError(f"{path}: {stem}: alpha {str(alpha)[:40]} is no number that could be meant")
-    alpha, rank = float(alpha), change.rank or 1
-    return alpha * math.sqrt(rank) if config["use_rslora"] else alpha
+    alpha = alpha_of(config, rest)
+    return alpha * math.sqrt(change.rank or 1) if config["use_rslora"] else alpha

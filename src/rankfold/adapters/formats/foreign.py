@@ -1,13 +1,9 @@
-"""What a reader of a foreign file gives, and how the names in such a file are matched to the modules of a model.
-
-A file from elsewhere names modules in its own way. The model's own list decides what is meant: a name that fits no module is
-refused with the nearest, one that fits two is refused with both. Shapes are compared with the model's before a tensor is read.
-"""
+"""What a reader of a foreign file gives, and what it checks of a header before it reads a tensor: shapes, ranks, sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.errors import FileError, nearest
+from rankfold.errors import FileError
 from rankfold.linalg import Hadamard, Kronecker, LowRank, Operator, khatri_rao
 
 from ..adapter import Adapter, Entry
 from ..files import Limits, TensorInfo
+from .numbers import rank_number
 
-__all__ = ["LARGEST_RANK", "PARTS", "Change", "Foreign", "Layout", "check_shapes", "dtype_names", "resolve", "shapes_only"]
-
-LARGEST_RANK = 1 << 15
-PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The models of a pipeline, as diffusers calls them; a file may hold changes of several."""
+__all__ = ["Change", "Foreign", "Layout", "check_shapes", "dtype_names", "shapes_only"]
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+WHOLE = ("I64", "I32")
+"""An alpha may be stored as a whole number: torch.tensor(8) in a trainer that casts nothing."""
 
 
 @dataclass(frozen=True)
@@ -170,22 +165,22 @@ def shapes_only(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor
     """Tensors of the shapes that a header promises, without storage: what is built from them costs nothing and shows what fits.
 
     Raises:
-        FileError: a tensor that is not floating point.
+        FileError: a tensor that is not floating point (an alpha may be a whole number).
     """
     for name, info in infos.items():
-        if info.dtype not in DTYPES:
+        if info.dtype not in DTYPES and not (name.endswith(".alpha") and info.dtype in WHOLE):
             raise FileError(f"{path}: tensor {name!r} is {info.dtype}; rankfold reads changes in {', '.join(DTYPES)}")
-    return {name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in infos.items()}
+    return {n: torch.empty(i.shape, dtype=DTYPES.get(i.dtype, torch.int64), device="meta") for n, i in infos.items()}
 
 
 def check_shapes(path: Path, change: Change, key: str, layout: Layout | None, limits: Limits) -> None:
     """Whether what was built from `shapes_only` fits the model, and what it would take.
 
     Raises:
-        FileError: another shape than the model's, a rank of 0 or above `LARGEST_RANK`, or more bytes than `limits` allow.
+        FileError: another shape than the model's, a rank that is none, or more bytes than `limits` allow.
     """
-    if change.rank is not None and not 1 <= change.rank <= LARGEST_RANK:
-        raise FileError(f"{path}: {key}: rank {change.rank}; 1 to {LARGEST_RANK} are allowed")
+    if change.rank is not None:
+        rank_number(change.rank, f"{path}: {key}: rank")
     need = sum(4 * math.prod(t.shape) for t in change.tensors.values())
     if need > limits.total_bytes:
         raise FileError(f"{path}: {key}: its factors would take {need} bytes; {limits.total_bytes} are allowed")
@@ -197,46 +192,3 @@ def check_shapes(path: Path, change: Change, key: str, layout: Layout | None, li
         raise FileError(
             f"{path}: {key} changes a map {change.shape}; in this model {change.name} is {tuple(layout.sites[change.name])}"
         )
-
-
-def resolve(
-    path: Path, wanted: Mapping[str, list[str]], known: Iterable[str], spelled: Callable[[str], str], hint: str = ""
-) -> dict[str, str]:
-    """{key of the file: name in the model}.
-
-    Args:
-        wanted: for each key, the spellings that it may stand for.
-        known: names in the model.
-        spelled: how the file's tool would spell a name of the model.
-        hint: added where a key fits nothing.
-
-    Raises:
-        FileError: a key that fits nothing (lists the nearest), or several names (lists them), or two keys that fit one name.
-
-    >>> resolve(Path("f"), {"a_b": ["a_b"]}, ["a.b", "a_b"], lambda n: n.replace(".", "_"))
-    Traceback (most recent call last):
-    rankfold.errors.FileError: f: 'a_b' may be a.b or a_b of this model; ...
-    """
-    by_spelling: dict[str, list[str]] = {}
-    for name in known:
-        by_spelling.setdefault(spelled(name), []).append(name)
-    found: dict[str, str] = {}
-    users: dict[str, str] = {}
-    for key, spellings in wanted.items():
-        names = list(dict.fromkeys(n for s in spellings for n in by_spelling.get(s, ())))
-        if not names:
-            close = [by_spelling[s][0] for s in nearest(spellings[0], by_spelling)]
-            raise FileError(
-                f"{path}: {key!r} fits no module of this model; nearest: {', '.join(close) or 'none'}"
-                + (f"\n  {hint}" if hint else "")
-            )
-        if len(names) > 1:
-            raise FileError(f"{path}: {key!r} may be {' or '.join(names)} of this model; rankfold does not guess")
-        if names[0] in users:
-            raise FileError(
-                f"{path}: {users[names[0]]!r} and {key!r} both change {names[0]}"
-                + (f"\n  {hint}" if hint else "; the file must name it once")
-            )
-        users[names[0]] = key
-        found[key] = names[0]
-    return found

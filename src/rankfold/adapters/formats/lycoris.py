@@ -16,17 +16,20 @@ LyCORIS Fine-Tuning to Model Evaluation", 2023, arXiv:2309.14859.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rankfold.errors import FileError
 
-from .foreign import Change
+from ..files import Limits, TensorInfo
+from .foreign import Change, Layout, check_shapes, shapes_only
+from .numbers import number
 
-__all__ = ["ALPHA", "LEAVES", "build"]
+__all__ = ["ALPHA", "LEAVES", "build", "promised", "stored_alpha"]
 
 ALPHA = "alpha"
 DORA = "dora_scale"
@@ -35,6 +38,39 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LEAVES = (*LORA, *LOHA, *LOKR, ALPHA, DORA)
 """All that a changed weight may be made of."""
+
+
+def promised(
+    path: Path,
+    groups: Mapping[str, Mapping[str, str]],
+    infos: Mapping[str, TensorInfo],
+    names: Mapping[str, str],
+    layout: Layout | None,
+    limits: Limits,
+    turned: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Change]:
+    """The changes that the header of a file promises, by module, checked before a tensor of them is read.
+
+    Args:
+        groups: {module of the file: {what a tensor is, as `build` calls it: its full name}}.
+        infos: what the header says of each.
+        names: module of the file -> name of the change.
+        turned: makes the tensors of a module those that `build` takes.
+
+    Raises:
+        FileError: tensors that don't belong together, or don't fit each other or the model; more than `limits` allow.
+    """
+    empty = shapes_only(path, infos)
+    found = {}
+    for stem, own in groups.items():
+        found[stem] = build(names[stem], turned({leaf: empty[n] for leaf, n in own.items()}), None, f"{path}: {stem}")
+        check_shapes(path, found[stem], stem, layout, limits)
+    return found
+
+
+def stored_alpha(own: Mapping[str, Tensor]) -> float | None:
+    """The alpha that stands beside the factors of one module, if one does."""
+    return float(own[ALPHA]) if ALPHA in own else None
 
 
 def build(name: str, own: Mapping[str, Tensor], alpha: float | None, where: str) -> Change:
@@ -46,13 +82,16 @@ def build(name: str, own: Mapping[str, Tensor], alpha: float | None, where: str)
         where: for messages.
 
     Raises:
-        FileError: tensors that are missing, don't belong together, or don't fit each other.
+        FileError: tensors that are missing, don't belong together, or don't fit each other; an alpha that is not one number, or
+            0, or none that could be meant.
 
     >>> own = {"lora_up.weight": torch.ones(3, 2), "lora_down.weight": torch.ones(2, 4)}
     >>> build("q", own, 1.0, "file").operator().dense()[0, 0]
     tensor(1.)
     """
     parts = {k: t for k, t in own.items() if k not in (ALPHA, DORA)}
+    if ALPHA in own and own[ALPHA].numel() != 1:
+        raise FileError(f"{where}: alpha {list(own[ALPHA].shape)} is not one number")
     families = {"lora": LORA, "hadamard": LOHA, "kron": LOKR}
     mine = [m for m, leaves in families.items() if any(leaf in leaves for leaf in parts)]
     if len(mine) != 1:
@@ -74,7 +113,7 @@ def build(name: str, own: Mapping[str, Tensor], alpha: float | None, where: str)
             f"{where}: alpha is 0; some readers take that as no change, others as alpha = rank. Store the one you mean"
         )
     else:
-        scale = alpha / max(rank, 1)
+        scale = number(alpha, f"{where}: alpha") / max(rank, 1)
     change = Change(name, method, tensors, scale, rank, None, kernel)
     return replace(change, magnitude=_rows(own[DORA], change.shape[0], where)) if DORA in own else change
 

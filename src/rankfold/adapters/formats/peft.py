@@ -8,8 +8,6 @@ refused by name.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,25 +23,11 @@ from ..fingerprint import fingerprint
 from . import peft_multihead as multihead
 from . import peft_stacks as stacks
 from . import peft_tokens
+from .peft_config import CONFIG, TENSORS, checked, factor_names, rank_of, scale_of, written
 
 __all__ = ["CONFIG", "TENSORS", "read_peft", "write_peft"]
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# options that do not change what the stored tensors compute
-HARMLESS = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config",
-    "velora_config", "ensure_weight_tying", "target_parameters", "trainable_token_indices",
-}  # fmt: skip
-# inits after which peft's base is no longer the checkpoint: the stored factors alone do not give the function
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-LITERAL = re.compile(r"[\w.\-]+")
 
 Factors = dict[str, Tensor]
 
@@ -77,7 +61,7 @@ def write_peft(path: str | Path, adapter: Adapter, base_model: str | None = None
     tensors: Factors = {f"{PREFIX}{module}.{peft_tokens.PART}": t for module, t in token_values.items()}
     places = stacks.places([e.name for e in entries if e.kind in stacks.EXPERTS]) | multihead.places(entries)
     for e in entries:
-        a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        a, b = factor_names(e.kind == "embedding")
         where = PREFIX + places.get(e.name, e.name)
         tensors[f"{where}.{a}"], tensors[f"{where}.{b}"] = stacks.stored(e)
         if e.magnitude is not None:
@@ -143,26 +127,21 @@ def _config(
 ) -> dict[str, Any]:
     rank, alpha = stacks.rank_of(entries[0]), _alpha(entries[0])
     experts = [e.name for e in entries if e.kind in stacks.EXPERTS]
-    task = metadata.get("task_type")
-    return {
-        "peft_type": "LORA",
-        "task_type": task if task in TASKS else None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(e.name): stacks.rank_of(e) for e in entries if stacks.rank_of(e) != rank},
-        "alpha_pattern": {_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
-        "use_rslora": False,  # alpha holds the whole scale: scale = alpha / r at every site
-        "use_dora": entries[0].magnitude is not None,
-        "target_modules": [e.name for e in entries if e.kind not in stacks.EXPERTS] or None,
+    return written(
+        metadata.get("task_type"),
+        base_model,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={_pattern(e.name): stacks.rank_of(e) for e in entries if stacks.rank_of(e) != rank},
+        alpha_pattern={_pattern(e.name): _alpha(e) for e in entries if _alpha(e) != alpha},
+        use_rslora=False,  # alpha holds the whole scale: scale = alpha / r at every site
+        use_dora=entries[0].magnitude is not None,
+        target_modules=[e.name for e in entries if e.kind not in stacks.EXPERTS] or None,
         **({"target_parameters": experts} if experts else {}),
-        "modules_to_save": modules or None,
-        "bias": bias,
-        "fan_in_fan_out": any(e.kind == "conv1d" for e in entries),
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-    }
+        modules_to_save=modules or None,
+        bias=bias,
+        fan_in_fan_out=any(e.kind == "conv1d" for e in entries),
+    )
 
 
 def _pattern(name: str) -> str:
@@ -184,7 +163,7 @@ def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
     recover_folder(path)
     if not (path / TENSORS).exists() and (path / "adapter_model.bin").exists():
         read_tensors(path / "adapter_model.bin", limits)  # refuses it, and says why
-    config = _checked(read_json(path / CONFIG, limits=limits), path / CONFIG)
+    config = checked(read_json(path / CONFIG, limits=limits), path / CONFIG)
     parts: dict[str, Factors] = {}
     extras: Factors = {}
     copies: Factors = {}
@@ -229,59 +208,6 @@ def read_peft(path: str | Path, limits: Limits = LIMITS) -> Adapter:
     return Adapter.of(entries, extras, metadata)
 
 
-def _checked(config: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise FileError(f"{path}: must be an object")
-    if config.get("peft_type") != "LORA":
-        raise FileError(
-            f"{path}: peft_type {str(config.get('peft_type'))[:40]!r}; rankfold reads peft's LORA (rsLoRA and DoRA included)"
-        )
-    on = sorted(k for k, v in config.items() if k not in HARMLESS and v not in (None, False, {}, []))
-    if on:
-        shown = ", ".join(f"{k[:40]}={str(config[k])[:40]}" for k in on[:4])
-        raise FileError(f"{path}: {shown}: rankfold does not know what that does, and it may change the function")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(REBASED):
-        raise FileError(
-            f"{path}: init_lora_weights={init[:40]!r}: these factors sit on a base that peft has changed, not on the checkpoint. "
-            "Save it again with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
-    kinds: dict[str, tuple[type | tuple[type, ...], Any]] = {
-        "r": (int, 8), "lora_alpha": ((int, float), 8), "use_rslora": (bool, False), "use_dora": (bool, False),
-        "fan_in_fan_out": (bool, False), "bias": (str, "none"), "rank_pattern": (dict, {}), "alpha_pattern": (dict, {}),
-    }  # fmt: skip
-    for key, (kind, default) in kinds.items():
-        value = config.get(key)
-        config[key] = value = default if value is None else value
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise FileError(f"{path}: {key} {str(value)[:40]!r} is not what peft writes there")
-    for pattern, alpha in config["alpha_pattern"].items():
-        if _literal(pattern) is None:
-            raise FileError(
-                f"{path}: alpha_pattern {pattern[:60]!r} is a regular expression, and rankfold runs none from a file. "
-                "Write the names in full"
-            )
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise FileError(f"{path}: alpha_pattern {pattern[:60]!r}: {str(alpha)[:40]!r} is not a number")
-    return config
-
-
-def _literal(pattern: str) -> tuple[bool, str] | None:
-    """(anchored, name) of a pattern that only spells a name; None if it would have to be run."""
-    anchored = pattern.startswith("^")
-    name = pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".").replace(r"\-", "-")
-    return (anchored, name) if LITERAL.fullmatch(name) else None
-
-
-def _matching(patterns: Mapping[str, Any], site: str) -> Any:
-    """The value of the first pattern that is the site's name or the end of it, as peft chooses; None if there is none."""
-    for pattern, value in patterns.items():
-        literal = _literal(pattern)
-        if literal is not None and (site == literal[1] or (not literal[0] and site.endswith("." + literal[1]))):
-            return value
-    return None
-
-
 def _split(name: str, path: Path) -> tuple[str, str | None]:
     """(site, part) of a stored name; part is None for a tensor of the model itself."""
     plain = name.removeprefix(PREFIX)
@@ -302,7 +228,7 @@ def _split(name: str, path: Path) -> tuple[str, str | None]:
 def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> Entry:
     where = path / TENSORS
     embedding = "lora_embedding_A" in own or "lora_embedding_B" in own
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    names = factor_names(embedding)
     known = {*names, "lora_magnitude_vector"}
     missing = [n for n in names if n not in own]
     if missing or own.keys() - known:
@@ -310,13 +236,11 @@ def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> En
     A, B = own[names[0]], own[names[1]]
     if not (A.is_floating_point() and B.is_floating_point()):
         raise FileError(f"{where}: {site}: factors of {B.dtype} and {A.dtype}; they must be floating point")
-    expected = _matching(config["rank_pattern"], site)
-    if expected is None and all(_literal(p) is not None for p in config["rank_pattern"]):
-        expected = config["r"]
+    expected = rank_of(config, site)
     read = stacks.read(site, A, B, expected, bool(stacks.targeted(site, config.get("target_parameters") or [])), where)
     A, B, rank = read.A, read.B, read.rank
     if expected is not None and expected != rank:
-        raise FileError(f"{where}: {site} is of rank {rank}, {CONFIG} says {str(expected)[:20]}")
+        raise FileError(f"{where}: {site} is of rank {rank}, {CONFIG} says {expected}")
     magnitude = own.get("lora_magnitude_vector")
     if (magnitude is not None) != config["use_dora"]:
         has = "a" if magnitude is not None else "no"
@@ -325,8 +249,6 @@ def _entry(site: str, own: Factors, config: Mapping[str, Any], path: Path) -> En
         if magnitude.numel() != B[..., 0].numel():
             raise FileError(f"{where}: {site}: {magnitude.numel()} magnitudes for {B[..., 0].numel()} rows")
         magnitude = magnitude.reshape(B.shape[:-1])
-    alpha = _matching(config["alpha_pattern"], site)
-    alpha = config["lora_alpha"] if alpha is None else alpha
-    scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    scale = scale_of(config, site, rank)
     kind = "embedding" if embedding else ("conv1d" if config["fan_in_fan_out"] else "linear")
     return Entry(site, B, A, scale, read.kind or kind, magnitude=magnitude, kernel=read.kernel)

@@ -15,9 +15,11 @@ from torch import Tensor
 from rankfold.errors import CompositionError, OptionError
 
 from ..adapter import STACKED, Adapter, Entry
-from ..algebra import join_rows, norm, subtract
+from ..algebra import join_rows
 from ..files import atomic_folder, write_json, write_tensors
-from .peft import CONFIG, PREFIX, TENSORS
+from .peft import PREFIX
+from .peft_config import CONFIG, TENSORS, factor_names, written
+from .rounding import cast, relative_error
 
 __all__ = ["ServingReport", "write_serving"]
 
@@ -53,6 +55,7 @@ def write_serving(
     Raises:
         CompositionError: a magnitude or gain: engines know additive changes only. Or an adapter that changes no weight.
         OptionError: a rank below that of a site (truncate the adapter first), or another dtype.
+        NumericError: a number that float16 can't hold.
         FileError: the folder can't be written.
 
     >>> import tempfile
@@ -83,29 +86,21 @@ def write_serving(
     rank = largest if rank is None else rank
     if rank < largest:
         raise OptionError(f"serving: rank {rank}, and the adapter needs {largest}; truncate it first, which reports its error")
-    written = {k: _folded(e, rank, dtype) for k, e in entries.items()}
-    errors = {}
-    for k, e in entries.items():
-        before, after = Adapter.of([e]), Adapter.of([written[k]])
-        size = norm(before)
-        errors[k] = norm(subtract(after.to(torch.float64), before.to(torch.float64))) / size if size else 0.0
+    folded = {k: _folded(e, rank, dtype) for k, e in entries.items()}
+    errors = {k: relative_error(e, folded[k]) for k, e in entries.items()}
     tensors: dict[str, Tensor] = {}
-    for e in written.values():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if e.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    for e in folded.values():
+        a, b = factor_names(e.kind == "embedding")
         tensors[f"{PREFIX}{e.name}.{a}"], tensors[f"{PREFIX}{e.name}.{b}"] = e.A, e.B
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted({e.name.rsplit(".", 1)[-1] for e in written.values()}),
-        "bias": "none",
-        "fan_in_fan_out": any(e.kind == "conv1d" for e in written.values()),
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-    }
+    config = written(
+        adapter.metadata.get("task_type"),
+        base_model,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({e.name.rsplit(".", 1)[-1] for e in folded.values()}),
+        bias="none",
+        fan_in_fan_out=any(e.kind == "conv1d" for e in folded.values()),
+    )
     with atomic_folder(path, owns=(CONFIG, TENSORS)) as folder:
         write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
@@ -113,8 +108,8 @@ def write_serving(
 
 
 def _folded(e: Entry, rank: int, dtype: torch.dtype) -> Entry:
-    B = torch.zeros(e.shape[0], rank, dtype=dtype)
-    A = torch.zeros(rank, e.shape[1], dtype=dtype)
-    B[:, : e.rank] = (e.B.double() * e.scale).to(dtype)
-    A[: e.rank] = e.A.to(dtype)
+    more = rank - e.rank
+    B = torch.nn.functional.pad(e.B.double() * e.scale, (0, more))
+    A = torch.nn.functional.pad(e.A, (0, 0, 0, more))
+    B, A = (cast(t, dtype, f"serving: {e.key}") for t in (B, A))
     return Entry(e.name, B, A, 1.0, e.kind)

@@ -14,14 +14,15 @@ from typing import Any
 from rankfold.errors import FileError, nearest
 
 from ..files import LIMITS, Limits, read_header, read_json, read_tensors
-from .foreign import Foreign, Layout, check_shapes, dtype_names, resolve, shapes_only
-from .lycoris import build
+from .foreign import Foreign, Layout, dtype_names
+from .lycoris import build, promised
+from .matching import resolve
+from .numbers import number, rank_number
+from .peft_config import CONFIG, TENSORS
 from .rotary import Heads, halves_of_pairs
 
 __all__ = ["INTERLEAVED", "is_torchtune", "read_torchtune"]
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 INTERLEAVED = {"llama", "mistral", "gemma", "gemma2"}
 """Values of `config.model_type` in transformers for which torchtune's q and k are in Meta's order."""
 PLAIN = {"qwen2", "qwen3"}
@@ -66,16 +67,13 @@ def read_torchtune(
         groups.setdefault(stem, {})[leaf] = name
     names = {s: s for s in groups}
     if layout is not None:
-        names = resolve(file, {s: [_translated(s)] for s in groups}, layout.sites, lambda name: name)
-    empty = shapes_only(file, header.tensors)
+        names = resolve(file, {s: [_translated(s)] for s in groups}, layout.sites, lambda name: [name])
     moved = {s for s in groups if layout is not None and s.endswith((".attn.q_proj", ".attn.k_proj"))}
-    for stem, own in groups.items():
-        promised = build(names[stem], {leaf: empty[n] for leaf, n in own.items()}, None, f"{file}: {stem}")
-        check_shapes(file, promised, stem, layout, limits)
-        if promised.rank != config["r"]:
-            raise FileError(f"{file}: {stem} is of rank {promised.rank}, {CONFIG} says {config['r']}")
+    for stem, change in promised(file, groups, header.tensors, names, layout, limits).items():
+        if change.rank != config["r"]:
+            raise FileError(f"{file}: {stem} is of rank {change.rank}, {CONFIG} says {config['r']}")
         if stem in moved:
-            _known_order(file, stem, heads, promised.shape[0])
+            _known_order(file, stem, heads, change.shape[0])
     tensors = read_tensors(file, limits)
     changes = {}
     for stem, own in groups.items():
@@ -99,10 +97,9 @@ def _config(path: Path) -> dict[str, Any]:
     on = sorted(k for k, v in config.items() if k not in known and v not in (None, False, {}, []))
     if on:
         raise FileError(f"{path / CONFIG}: {on[0][:40]}={str(config[on[0]])[:40]}: rankfold does not know what that does")
-    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e30:
-            raise FileError(f"{path / CONFIG}: {key} {str(value)[:40]!r} is not what torchtune writes there")
+    config["r"] = rank_number(config.get("r"), f"{path / CONFIG}: r")
+    if not number(config.get("lora_alpha"), f"{path / CONFIG}: lora_alpha") > 0:
+        raise FileError(f"{path / CONFIG}: lora_alpha {config['lora_alpha']} is not what torchtune writes there")
     return config
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.errors import LayoutError
-from rankfold.linalg import like
+from rankfold.kernels.grouped import grouped_outer, grouped_product
+from rankfold.linalg import at_least_float32, like
 
 from ..site import Site
 from .arithmetic import Arithmetic
@@ -147,7 +148,7 @@ def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 class Routed(Arithmetic):
-    """x: [tokens·k, in], sorted by expert, by W: [E, out, in]: one product for each expert that has tokens.
+    """x: [tokens·k, in], sorted by expert, by W: [E, out, in]: grouped products, whose sizes stay on the device.
 
     Args:
         index: [tokens, k], the experts of each token.
@@ -157,50 +158,49 @@ class Routed(Arithmetic):
     def __init__(self, index: Tensor, count: int) -> None:
         self.count, self.k = count, index.shape[-1]
         self.ids, self.order = index.reshape(-1).sort(stable=True)
+        experts = torch.arange(count, device=index.device, dtype=self.ids.dtype)
+        self.ends = torch.searchsorted(self.ids, experts, right=True, out_int32=True)
 
     @cached_property
     def sizes(self) -> list[int]:
-        return torch.bincount(self.ids, minlength=self.count).tolist()
+        """How many rows each expert has. Waits for the device."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
 
     def spread(self, x: Tensor) -> Tensor:
         """[tokens, width] -> [tokens·k, width], sorted by expert."""
-        return x[self.order // self.k]
+        return x.index_select(0, self.order // self.k)
 
     def gather(self, y: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts, [tokens, width]."""
-        weighted = y * weights.reshape(-1)[self.order].unsqueeze(-1)
+        weighted = y * weights.reshape(-1).index_select(0, self.order).unsqueeze(-1)
         back = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device=y.device))
-        return weighted[back].unflatten(0, (-1, self.k)).sum(1)
-
-    def _stack(self, W: Tensor) -> Tensor:
-        return W if W.ndim == 3 else W.expand(self.count, *W.shape)
+        return weighted.index_select(0, back).unflatten(0, (-1, self.k)).sum(1)
 
     def product(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        biases = [None] * self.count if bias is None else like(bias, x).unbind(0)
-        parts = zip(x.split(self.sizes), self._stack(W).unbind(0), biases)  # unbind: its gradient is one stack, not E of them
-        return torch.cat([F.linear(part, Wk, b) for part, Wk, b in parts])
+        y = F.linear(x, W) if W.ndim == 2 else grouped_product(x, W, self.ends)
+        return y if bias is None else y + self.rows(like(bias, x), y)
 
     def input_gradient(self, g: Tensor, W: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([part @ Wk for part, Wk in zip(g.split(self.sizes), self._stack(W).unbind(0))])
+        return g @ W if W.ndim == 2 else grouped_product(g, W.mT, self.ends)
 
     def weight_gradient(self, g: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([gk.mT @ xk for gk, xk in zip(g.split(self.sizes), x.split(self.sizes))])
+        return grouped_outer(g, x, self.ends)
 
     def rows(self, v: Tensor, y: Tensor) -> Tensor:
-        return v if v.ndim == 1 else v[self.ids]
+        return v if v.ndim == 1 else v.index_select(0, self.ids)
 
     def row_sums(self, y: Tensor) -> Tensor:
-        dtype = y.dtype if y.dtype in (torch.float32, torch.float64) else torch.float32
-        return torch.stack([part.sum(0, dtype=dtype) for part in y.split(self.sizes)])
+        y = at_least_float32(y)
+        return y.new_zeros(self.count, y.shape[-1]).index_add_(0, self.ids, y)
 
     @cached_property
     def _place(self) -> Tensor:
         """Position of each row among those of its expert."""
-        starts = torch.tensor([0, *self.sizes[:-1]], device=self.ids.device).cumsum(0)
+        starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         return torch.arange(len(self.ids), device=self.ids.device) - starts[self.ids]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[E, most tokens of an expert, in], padded with zeros."""
+        """[E, most tokens of an expert, in], padded with zeros. Waits for the device."""
         padded = x.new_zeros(self.count, max(self.sizes), x.shape[-1])
         return padded.index_put((self.ids, self._place), x)
 

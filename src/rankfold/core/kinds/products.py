@@ -280,7 +280,7 @@ class _LowRankProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = drop(how.input_gradient(gh, As, like_x), ctx.dropped)
             if ctx.base is not None:
-                gx = gx + how.input_gradient(g, like(ctx.base.W, g), like_x)
+                gx = how.input_gradient(g, like(ctx.base.W, g), like_x).add_(gx)
         r = A.shape[-2]
         if h is not None:
             gB = _summed(how.after.weight_gradient(g, h)[..., :r].mul(ctx.scale), B)
