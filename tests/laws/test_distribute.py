@@ -26,7 +26,7 @@ from rankfold.training.saving import load
 from . import two_ranks
 from .checks import Checks
 from .subjects import shake, subjects
-from .two_ranks import DDP, FSDP, LATE, LATES, MUTANTS, ONE
+from .two_ranks import DDP, FSDP, HAND, HANDS, LATE, LATES, MUTANTS, ONE
 
 NEAR = 1e-6
 """Relative distance in float64 after three steps of Adam, which divides small gradients by their size."""
@@ -116,7 +116,7 @@ def check_base(cell, found):
                 check.close(mine["output folded"], mine["output"], EXACT, "folded")
 
 
-CELLS = [(layout, m) for layout in (DDP, FSDP) for m in subjects()] + [(LATE, m) for m in LATES]
+CELLS = [(layout, m) for layout in (DDP, FSDP) for m in subjects()] + [(LATE, m) for m in LATES] + [(HAND, m) for m in HANDS]
 
 
 @pytest.mark.parametrize(("layout", "method"), CELLS)

@@ -39,9 +39,11 @@ from rankfold.training.saving import load
 
 from .subjects import shake, small, subjects
 
-ONE, DDP, FSDP, LATE = "one", "ddp", "fsdp", "fsdp-late"
-"""One process; torch's DDP around the model; cut, then adapted; adapted, then cut."""
+ONE, DDP, FSDP, LATE, HAND = "one", "ddp", "fsdp", "fsdp-late", "fsdp-by-hand"
+"""One process; torch's DDP around the model; cut, then adapted; adapted, then cut; the same by torch's own `fully_shard`."""
 LATES = ("lora", "dora", "full", "adaptertune", "lora-ga")
+HANDS = ("pissa", "vera")
+"""Methods with tensors that don't train, which must not be cut either."""
 MUTANTS = {
     "forgets_to_average": "lora",
     "forgets_to_join": "eva",
@@ -129,6 +131,13 @@ def adapted(layout: str, model: nn.Module, method: str, **options: object) -> rf
     adaptation = rf.adapt(model, m, seed=1, **data, **options)
     if layout == LATE:
         rf.shard(model, reshard_after_forward=True)
+    if layout == HAND:
+        from torch.distributed.fsdp import fully_shard
+
+        whole = set(model.rankfold.parameters())
+        for block in model.blocks:
+            fully_shard(block, ignored_params=whole)
+        fully_shard(model, ignored_params=whole)
     return adaptation
 
 
@@ -402,6 +411,7 @@ def cells(folder: Path) -> dict[str, Callable[[], Found]]:
         made[f"{layout} saved"] = partial(saved_cell, layout, folder)
         made[f"{layout} heads"] = partial(heads_cell, layout, checkpointed=True)
         made[f"{layout} mixed"] = partial(mixed_cell, layout)
+    made |= {f"{HAND} {method}": partial(method_cell, HAND, method) for method in HANDS}
     made |= {f"{layout} loaded": partial(loaded_cell, layout, folder) for layout in layouts}
     made |= {f"chain {chain}": partial(chain_cell, chain, folder) for chain in CHAINS}
     made[f"{FSDP} clipped"] = partial(clipped_cell, FSDP)
