@@ -332,20 +332,6 @@ def test_data_parallel_is_refused(tmp_path):
         Trainer(model, args, train_dataset=rows())
 
 
-def test_new_tensors_under_ddp_are_refused(tmp_path, monkeypatch):
-    """DDP averages the gradients of the tensors that it was given, so those of a policy's new ones would differ by process."""
-    trainer = trained("lora", tmp_path, max_steps=1)
-    engine = trainer.adaptation._get(None).engine
-    engine.touched = {"mask": 3, "slice": 2}
-    inputs = batch(rows(4))
-    trainer.training_step(trainer.model, inputs)  # one process: nobody averages
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
-    with pytest.raises(LayoutError, match=r"changed shapes \(slice\), and DDP still averages"):
-        trainer.training_step(trainer.model, inputs)
-    engine.touched = {"mask": 3}
-    trainer.training_step(trainer.model, inputs)
-
-
 def test_the_optimizer_is_the_method_s(tmp_path):
     model = llama()
     adaptation = rf.adapt(model, "lora+update:loraplus", rank=2)

@@ -203,6 +203,21 @@ def test_adapters_cut_along_with_the_base_are_refused(pair):
         assert "ignored_params=set(model.rankfold.parameters())" in bytes(mine["message"].tolist()).decode()
 
 
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_a_policy_that_cuts_ranks_is_one_run_by_the_loop(layout, pair, tmp_path):
+    one = two_ranks.halved_cell(ONE, tmp_path)
+    assert all(1 in t.shape for name, t in one.items() if name.startswith("tensor/"))
+    check_same(f"halved, {layout}", given(pair, f"halved {layout}"), one)
+
+
+def test_new_tensors_under_ddp_are_refused(pair):
+    """DDP averages the gradients of the tensors that it was given, so those of a policy's new ones would differ by process."""
+    for mine in given(pair, "halved by ddp"):
+        said = bytes(mine["message"].tolist()).decode()
+        assert "rank policy 'halving' asks for a slice at step 1" in said
+        assert "choose a policy that masks" in said
+
+
 def test_the_job_gives_the_same_figures_and_one_process_writes(pair, folder):
     one, (first, second) = two_ranks.job_cell(ONE, folder), given(pair, "job")
     torch.testing.assert_close(first["figures"], one["figures"], rtol=1e-4, atol=1e-6)

@@ -13,11 +13,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -34,6 +36,8 @@ from rankfold.linalg.random import Random
 from rankfold.training import loop, statistics
 from rankfold.training.bucket import Bucket
 from rankfold.training.checkpoints import ADAPTER
+from rankfold.training.contracts import Edit, RankPolicy, SiteView
+from rankfold.training.edits import Slice
 from rankfold.training.loop import Interrupted, LoopSettings, train
 from rankfold.training.saving import load
 
@@ -326,6 +330,43 @@ def clipped_cell(layout: str) -> Found:
     return {f"tensor/{k}": p.detach().clone() for k, p in enumerate(parameters)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Halving(RankPolicy):
+    """After the first step every site keeps one component of two."""
+
+    name: ClassVar[str] = "halving"
+    steps: ClassVar[bool] = True
+
+    def on_step(self, t: int, total: int, sites: Sequence[SiteView]) -> list[Edit]:
+        return [Slice(site.key, torch.tensor([1])) for site in sites] if t == 1 else []
+
+
+def halved(layout: str) -> tuple[nn.Module, rf.Adaptation]:
+    model = net()
+    if layout == FSDP:
+        rf.shard(model)
+    adaptation = rf.adapt(model, replace(rf.method("lora", rank=2), rank=Halving()), seed=1)
+    shake(adaptation, 0.1)
+    return model, adaptation
+
+
+def halved_cell(layout: str, folder: Path) -> Found:
+    """A policy that puts new tensors in the place of the old: by the loop, which averages those that are there."""
+    model, adaptation = halved(layout)
+    losses = run(layout, model, adaptation, folder / "halved" / layout, resume=False, stop=None)
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors_of(adaptation)}
+
+
+def halved_by_ddp_cell() -> Found:
+    """The same under torch's DDP, which would go on with the old ones: refused at that step, which all reach together."""
+    model, adaptation = halved(DDP)
+    try:
+        trained(DDP, model, adaptation)
+    except LayoutError as error:
+        return {"message": text(str(error))}
+    return {"message": text("")}
+
+
 def forgotten_cell() -> Found:
     """FSDP given the adapters too: refused at the first forward."""
     from torch.distributed.fsdp import fully_shard
@@ -416,6 +457,8 @@ def cells(folder: Path) -> dict[str, Callable[[], Found]]:
     made |= {f"chain {chain}": partial(chain_cell, chain, folder) for chain in CHAINS}
     made[f"{FSDP} clipped"] = partial(clipped_cell, FSDP)
     made["forgotten"] = forgotten_cell
+    made |= {f"halved {layout}": partial(halved_cell, layout, folder) for layout in (DDP, FSDP)}
+    made["halved by ddp"] = halved_by_ddp_cell
     made["job"] = partial(job_cell, DDP, folder)
     made |= {f"mutant {mutant}": partial(mutant_cell, mutant) for mutant in MUTANTS}
     made |= {f"mutant {mutant}": partial(mutant_chain_cell, mutant, folder) for mutant in CHAIN_MUTANTS}
