@@ -70,6 +70,18 @@ def test_checkpoints_hold_the_adapter_and_resume_exactly(tmp_path):
     assert_bitwise(tensors(fresh.adaptation), tensors(whole.adaptation))
 
 
+def test_a_base_in_few_bits_trains_as_by_the_loop(tmp_path):
+    pytest.importorskip("torchao")
+    made = []
+    for _ in range(2):
+        model = llama()
+        rf.quantise(model, "int8")
+        made.append(rf.adapt(model, "lora", rank=4, seed=1))
+    trainer = trainer_of(made[0], tmp_path)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(loop_losses(made[1], batches(), weigh=terms), abs=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"targets": ["lm_head", "q_proj"]}, {"extras": ["lm_head"]}])
 def test_an_adapted_head_is_refused(options, tmp_path):
     adaptation = rf.adapt(llama(), "lora", rank=2, **options)

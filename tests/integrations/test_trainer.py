@@ -292,6 +292,38 @@ def test_a_quantised_base_from_model_init_trains(tmp_path):
     assert losses(trainer) == losses(trained("lora", tmp_path))
 
 
+def packed(seed=1):
+    """A base of torchao's int8, and an adapter."""
+    pytest.importorskip("torchao")
+    model = llama()
+    rf.quantise(model, "int8")
+    return rf.adapt(model, "dora", rank=4, seed=seed)
+
+
+def test_a_base_in_few_bits_trains_as_by_the_loop_and_resumes_exactly(tmp_path):
+    adaptation = packed()
+    trainer = Trainer(adaptation.model, arguments(tmp_path, save_strategy="steps", save_steps=4), train_dataset=rows())
+    trainer.train()
+    assert losses(trainer) == pytest.approx(loop_losses(packed(), batches()), abs=1e-6)
+    stored = sum(p.stat().st_size for p in (tmp_path / "checkpoint-4").glob("*.safetensors"))
+    assert stored < 5 * sum(t.nbytes for t in adaptation.tensors().values())  # the adapter, its moments, heads of files
+    again = Trainer(packed(seed=7).model, arguments(tmp_path), train_dataset=rows())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(again) == losses(trainer)
+    assert_bitwise(tensors(again.adaptation), tensors(adaptation))
+
+
+@pytest.mark.full
+def test_a_compiled_model_trains_and_is_saved_as_an_adapter(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "steps", "save_steps": 6}
+    trainer = trained("lora", tmp_path, **options)
+    assert losses(trainer) == pytest.approx(losses(trained("lora", tmp_path / "plain")), abs=1e-6)
+    names = {p.name for p in (tmp_path / "checkpoint-6").iterdir()}
+    assert {"adapter.json", "adapter.safetensors"} <= names
+    assert not any(n.startswith(("model", "pytorch_model")) for n in names)
+    assert_bitwise(tensors(rf.load(llama(), tmp_path / "checkpoint-6")), tensors(trainer.adaptation))
+
+
 # what it refuses
 
 
@@ -330,20 +362,6 @@ def test_data_parallel_is_refused(tmp_path):
     args._n_gpu = 2
     with pytest.raises(LayoutError, match="2 devices in one process"):
         Trainer(model, args, train_dataset=rows())
-
-
-def test_new_tensors_under_ddp_are_refused(tmp_path, monkeypatch):
-    """DDP averages the gradients of the tensors that it was given, so those of a policy's new ones would differ by process."""
-    trainer = trained("lora", tmp_path, max_steps=1)
-    engine = trainer.adaptation._get(None).engine
-    engine.touched = {"mask": 3, "slice": 2}
-    inputs = batch(rows(4))
-    trainer.training_step(trainer.model, inputs)  # one process: nobody averages
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
-    with pytest.raises(LayoutError, match=r"changed shapes \(slice\), and DDP still averages"):
-        trainer.training_step(trainer.model, inputs)
-    engine.touched = {"mask": 3}
-    trainer.training_step(trainer.model, inputs)
 
 
 def test_the_optimizer_is_the_method_s(tmp_path):

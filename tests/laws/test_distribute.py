@@ -26,7 +26,7 @@ from rankfold.training.saving import load
 from . import two_ranks
 from .checks import Checks
 from .subjects import shake, subjects
-from .two_ranks import DDP, FSDP, LATE, LATES, MUTANTS, ONE
+from .two_ranks import DDP, FSDP, HAND, HANDS, LATE, LATES, MUTANTS, ONE
 
 NEAR = 1e-6
 """Relative distance in float64 after three steps of Adam, which divides small gradients by their size."""
@@ -116,7 +116,7 @@ def check_base(cell, found):
                 check.close(mine["output folded"], mine["output"], EXACT, "folded")
 
 
-CELLS = [(layout, m) for layout in (DDP, FSDP) for m in subjects()] + [(LATE, m) for m in LATES]
+CELLS = [(layout, m) for layout in (DDP, FSDP) for m in subjects()] + [(LATE, m) for m in LATES] + [(HAND, m) for m in HANDS]
 
 
 @pytest.mark.parametrize(("layout", "method"), CELLS)
@@ -201,6 +201,21 @@ def test_u15_mixed_dtypes_shard(layout, pair):
 def test_adapters_cut_along_with_the_base_are_refused(pair):
     for mine in given(pair, "forgotten"):
         assert "ignored_params=set(model.rankfold.parameters())" in bytes(mine["message"].tolist()).decode()
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_a_policy_that_cuts_ranks_is_one_run_by_the_loop(layout, pair, tmp_path):
+    one = two_ranks.halved_cell(ONE, tmp_path)
+    assert all(1 in t.shape for name, t in one.items() if name.startswith("tensor/"))
+    check_same(f"halved, {layout}", given(pair, f"halved {layout}"), one)
+
+
+def test_new_tensors_under_ddp_are_refused(pair):
+    """DDP averages the gradients of the tensors that it was given, so those of a policy's new ones would differ by process."""
+    for mine in given(pair, "halved by ddp"):
+        said = bytes(mine["message"].tolist()).decode()
+        assert "rank policy 'halving' asks for a slice at step 1" in said
+        assert "choose a policy that masks" in said
 
 
 def test_the_job_gives_the_same_figures_and_one_process_writes(pair, folder):

@@ -13,11 +13,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -34,14 +36,18 @@ from rankfold.linalg.random import Random
 from rankfold.training import loop, statistics
 from rankfold.training.bucket import Bucket
 from rankfold.training.checkpoints import ADAPTER
+from rankfold.training.contracts import Edit, RankPolicy, SiteView
+from rankfold.training.edits import Slice
 from rankfold.training.loop import Interrupted, LoopSettings, train
 from rankfold.training.saving import load
 
 from .subjects import shake, small, subjects
 
-ONE, DDP, FSDP, LATE = "one", "ddp", "fsdp", "fsdp-late"
-"""One process; torch's DDP around the model; cut, then adapted; adapted, then cut."""
+ONE, DDP, FSDP, LATE, HAND = "one", "ddp", "fsdp", "fsdp-late", "fsdp-by-hand"
+"""One process; torch's DDP around the model; cut, then adapted; adapted, then cut; the same by torch's own `fully_shard`."""
 LATES = ("lora", "dora", "full", "adaptertune", "lora-ga")
+HANDS = ("pissa", "vera")
+"""Methods with tensors that don't train, which must not be cut either."""
 MUTANTS = {
     "forgets_to_average": "lora",
     "forgets_to_join": "eva",
@@ -129,6 +135,13 @@ def adapted(layout: str, model: nn.Module, method: str, **options: object) -> rf
     adaptation = rf.adapt(model, m, seed=1, **data, **options)
     if layout == LATE:
         rf.shard(model, reshard_after_forward=True)
+    if layout == HAND:
+        from torch.distributed.fsdp import fully_shard
+
+        whole = set(model.rankfold.parameters())
+        for block in model.blocks:
+            fully_shard(block, ignored_params=whole)
+        fully_shard(model, ignored_params=whole)
     return adaptation
 
 
@@ -317,6 +330,43 @@ def clipped_cell(layout: str) -> Found:
     return {f"tensor/{k}": p.detach().clone() for k, p in enumerate(parameters)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Halving(RankPolicy):
+    """After the first step every site keeps one component of two."""
+
+    name: ClassVar[str] = "halving"
+    steps: ClassVar[bool] = True
+
+    def on_step(self, t: int, total: int, sites: Sequence[SiteView]) -> list[Edit]:
+        return [Slice(site.key, torch.tensor([1])) for site in sites] if t == 1 else []
+
+
+def halved(layout: str) -> tuple[nn.Module, rf.Adaptation]:
+    model = net()
+    if layout == FSDP:
+        rf.shard(model)
+    adaptation = rf.adapt(model, replace(rf.method("lora", rank=2), rank=Halving()), seed=1)
+    shake(adaptation, 0.1)
+    return model, adaptation
+
+
+def halved_cell(layout: str, folder: Path) -> Found:
+    """A policy that puts new tensors in the place of the old: by the loop, which averages those that are there."""
+    model, adaptation = halved(layout)
+    losses = run(layout, model, adaptation, folder / "halved" / layout, resume=False, stop=None)
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors_of(adaptation)}
+
+
+def halved_by_ddp_cell() -> Found:
+    """The same under torch's DDP, which would go on with the old ones: refused at that step, which all reach together."""
+    model, adaptation = halved(DDP)
+    try:
+        trained(DDP, model, adaptation)
+    except LayoutError as error:
+        return {"message": text(str(error))}
+    return {"message": text("")}
+
+
 def forgotten_cell() -> Found:
     """FSDP given the adapters too: refused at the first forward."""
     from torch.distributed.fsdp import fully_shard
@@ -402,10 +452,13 @@ def cells(folder: Path) -> dict[str, Callable[[], Found]]:
         made[f"{layout} saved"] = partial(saved_cell, layout, folder)
         made[f"{layout} heads"] = partial(heads_cell, layout, checkpointed=True)
         made[f"{layout} mixed"] = partial(mixed_cell, layout)
+    made |= {f"{HAND} {method}": partial(method_cell, HAND, method) for method in HANDS}
     made |= {f"{layout} loaded": partial(loaded_cell, layout, folder) for layout in layouts}
     made |= {f"chain {chain}": partial(chain_cell, chain, folder) for chain in CHAINS}
     made[f"{FSDP} clipped"] = partial(clipped_cell, FSDP)
     made["forgotten"] = forgotten_cell
+    made |= {f"halved {layout}": partial(halved_cell, layout, folder) for layout in (DDP, FSDP)}
+    made["halved by ddp"] = halved_by_ddp_cell
     made["job"] = partial(job_cell, DDP, folder)
     made |= {f"mutant {mutant}": partial(mutant_cell, mutant) for mutant in MUTANTS}
     made |= {f"mutant {mutant}": partial(mutant_chain_cell, mutant, folder) for mutant in CHAIN_MUTANTS}

@@ -1,6 +1,5 @@
 """One run over however many processes were started: `python two_processes.py FILE` under torch's launcher, or alone."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,8 +25,7 @@ def main(path: str, grad_accum: int) -> None:
         tensors = {f"t{i}": t.detach() for i, t in enumerate(adaptation.tensors().values())}
         write_tensors(path, {**tensors, "losses": torch.tensor(history.losses, dtype=torch.float64)})
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        os._exit(0)  # gloo's threads, still running while the interpreter is taken down, abort a process now and then
+        torch.distributed.barrier()  # the loop has seen to it that the group ends with the process
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import TrainerCallback
 
 from rankfold.adapters.native import JSON, TENSORS
@@ -139,21 +140,6 @@ class TrainsAdapter(_Trainer):
             return {}
         return {"betas": (chosen["adam_beta1"], chosen["adam_beta2"]), "eps": chosen["adam_epsilon"]}
 
-    def training_step(self, *args: Any, **options: Any) -> Any:
-        """The library's; over several processes only while the adapter's tensors are those that DDP was given.
-
-        Raises:
-            LayoutError: the policy has put others in their place (slice, grow, replace).
-        """
-        engine = self._engine
-        changed = sorted({"slice", "grow", "replace"} & engine.touched.keys()) if engine is not None else []
-        if changed and self.accelerator.num_processes > 1:
-            raise LayoutError(
-                f"rank policy {self._attached.method.rank.name!r} changed shapes ({', '.join(changed)}), and DDP still averages "
-                f"the tensors of before. Train in one process, or choose a policy that masks"
-            )
-        return super().training_step(*args, **options)
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **options: Any
     ) -> Any:
@@ -178,9 +164,19 @@ class TrainsAdapter(_Trainer):
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        engine = self._engine
-        if engine is not None and getattr(self.accelerator, "scaler", None) is None:  # scaled gradients mean nothing to a policy
-            engine.run("after_backward", engine.step + 1, self.state.max_steps, self.optimizer)
+        """The library's, after the policy has seen the gradients. In float16 they are scaled back before; where they overflow the
+        step will be left out, and the policy sees none of it."""
+        engine, scaler = self._engine, self.accelerator.scaler
+        if engine is None:
+            return super()._clip_grad_norm(model)
+        if scaler is not None:
+            self.accelerator.unscale_gradients()
+            norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if not norm.isfinite():
+                return norm
+        engine.run("after_backward", engine.step + 1, self.state.max_steps, self.optimizer)
+        if scaler is not None:  # the library's would scale back once more
+            return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     @property

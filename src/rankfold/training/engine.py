@@ -11,7 +11,7 @@ from torch import Tensor
 from rankfold.core.sharding import is_sharded
 from rankfold.core.store import Member, Store
 from rankfold.core.structure import added
-from rankfold.errors import FileError, InactiveError, OptionError
+from rankfold.errors import FileError, InactiveError, LayoutError, OptionError
 
 from .bucket import Bucket
 from .contracts import POINTS, Edit, Loss, RankPolicy, SiteView
@@ -80,7 +80,7 @@ class Engine:
         """Let the policy act, if this is its point and it has not acted there at step t (counted from 1) yet.
 
         Raises:
-            OptionError: no such point.
+            OptionError: no such point. LayoutError: an edit of shapes under DDP, which keeps to the tensors that it was given.
         """
         if point not in self._ran:
             raise OptionError(f"point: got {point!r}; a step has {', '.join(POINTS)}")
@@ -92,7 +92,7 @@ class Engine:
         self.calls += 1
         with torch.no_grad():
             edits = self.policy.on_step(t, total, self.views())
-        self._apply(edits, t, optimizer)
+        self._apply(edits, t, optimizer, training=True)
         return edits
 
     def finalise(self, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
@@ -102,9 +102,19 @@ class Engine:
         self._apply(edits, self.step, optimizer)
         return edits
 
-    def _apply(self, edits: Sequence[Edit], t: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def _replicated(self) -> bool:
+        """Whether somebody else averages the gradients, of tensors that it knows from before."""
+        return self.averages and process_count() > 1 and not is_sharded(self.store.model)
+
+    def _apply(self, edits: Sequence[Edit], t: int, optimizer: torch.optim.Optimizer | None, training: bool = False) -> None:
         for edit in edits:
             kind = type(edit).__name__.lower()
+            if not edit.shape_stable and training and self._replicated():
+                raise LayoutError(
+                    f"rank policy {self.policy.name!r} asks for a {kind} at step {t}: that puts new tensors in the place of "
+                    f"those whose gradients DDP averages. Train by rankfold.training.loop, or in one process; or choose a policy "
+                    f"that masks"
+                )
             self.touched[kind] = self.touched.get(kind, 0) + sum(
                 apply([edit], self.store, self.member, optimizer, self.paces).values()
             )

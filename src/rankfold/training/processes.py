@@ -66,8 +66,8 @@ def take_device() -> None:
 
 
 def leave_at_exit() -> None:
-    """End the process group before the interpreter is taken down: gloo's threads that still run then abort the process now and
-    then. A group that ended earlier is left alone."""
+    """End the process group before the interpreter is taken down, as torch asks of every program. A group that ended earlier is
+    left alone."""
     if not _leaving:
         _leaving.append(True)
         atexit.register(_leave)

@@ -9,7 +9,7 @@ from rankfold.report import Column, console_table
 from rankfold.training.adaptation import Adaptation
 from rankfold.training.batches import to_device
 
-from .memory import plan_memory
+from .memory import plan_memory, size_of
 from .run import Prepared
 from .screen import Screen, megabytes
 
@@ -68,7 +68,7 @@ def dry_run(ready: Prepared, handle: Adaptation, screen: Screen) -> dict[str, An
     screen.table(console_table(rows, columns))
     for key, reason in handle.dropped:
         screen.say("left out", f"{key}: {reason}")
-    base = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("rankfold."))
+    base, _ = size_of(model)
     trained = handle.parameter_count()
     screen.say("total", f"{len(handle.sites)} sites, {trained:,} of {base:,} parameters train ({100 * trained / base:.2f} %)")
     parts = {

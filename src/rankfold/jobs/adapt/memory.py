@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.core.base import stored_tensors
+from rankfold.core.bases import is_packed
 from rankfold.training.adaptation import Adaptation
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["MemoryPlan", "plan_memory", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,22 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return self.base + self.adapter + self.training + self.activations
+
+
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """(numbers that the base's parameters stand for, bytes that they take): of a packed weight [out, in] they are out·in.
+
+    >>> size_of(torch.nn.Linear(4, 3, dtype=torch.bfloat16))
+    (15, 30)
+    """
+    counts: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items() if path.partition(".")[0] != "rankfold" else ():
+            linear: Any = module
+            packed = name == "weight" and is_packed(module) and hasattr(module, "in_features")
+            if p is not None:
+                counts[id(p)] = linear.out_features * linear.in_features if packed else p.numel()
+    return sum(counts.values()), sum(t.nbytes for t in stored_tensors(model))
 
 
 def plan_memory(model: nn.Module, adaptation: Adaptation, loss: Callable[[], Tensor]) -> MemoryPlan:

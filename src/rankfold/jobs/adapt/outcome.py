@@ -18,6 +18,7 @@ from rankfold.training.loop import History
 
 from .changes import relative_changes
 from .dry import site_rows
+from .memory import size_of
 
 if TYPE_CHECKING:
     from .run import Prepared
@@ -56,7 +57,7 @@ def finite(value: Any) -> Any:
 def metrics_of(ready: Prepared, handle: Adaptation, history: History, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of the run by name, with its settings and versions."""
     model, inputs = ready.loaded.model, ready.inputs
-    base = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("rankfold."))
+    base, stored = size_of(model)
     trained = handle.parameter_count()
     counts = {part: len(table) for part in ("train", "valid", "test") if (table := getattr(inputs, part)) is not None}
     return {
@@ -68,7 +69,13 @@ def metrics_of(ready: Prepared, handle: Adaptation, history: History, figures: M
         "valid": figures["valid"],
         "test": figures["test"],
         "base": figures["base"],
-        "parameters": {"trained": trained, "base": base, "share": trained / base, "sites": len(handle.sites)},
+        "parameters": {
+            "trained": trained,
+            "base": base,
+            "share": trained / base,
+            "sites": len(handle.sites),
+            "base_bytes": stored,
+        },
         "rows": {**counts, "cut": ready.task.cut, "left_out": dict(inputs.train.dropped)},
         "steps": len(history.steps),
         "stopped": history.stopped,

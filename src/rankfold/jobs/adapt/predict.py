@@ -21,6 +21,7 @@ from rankfold.jobs.models import load_model
 from rankfold.training.progress import Progress
 
 from .defaults import DEFAULTS
+from .run import pack
 from .screen import Screen
 from .settings import PredictSettings
 from .task import Row, Task, task_for
@@ -38,7 +39,8 @@ def predict_job(settings: PredictSettings) -> Path:
 
     Raises:
         UnknownName: a form of output that is none. OptionError: no task said, or a form that the task has not.
-        FingerprintError: the adapter is for another base. Whatever reading the data raises.
+        FingerprintError: the adapter is for another base. MissingExtra: the base was quantised by a library that isn't here;
+        `quantise="none"` reads it dense. Whatever reading the data raises.
     """
     s = settings
     screen = Screen(s.quiet)
@@ -58,6 +60,9 @@ def predict_job(settings: PredictSettings) -> Path:
     table = _table(s, task_name, labels)
     screen.say("data", table.describe())
     loaded = load_model(s.model, task_name, labels=labels, tokenizer=s.tokenizer or facts.get("tokenizer"), device=s.device)
+    packed = str(s.quantise or facts.get("quantise") or "none")
+    if packed != "none":
+        pack(loaded.model, packed, screen)
     if s.adapter is not None:
         load(loaded.model, s.adapter, force=s.force)
     length = s.max_length or facts.get("max_length") or DEFAULTS[task_name]["max_length"]

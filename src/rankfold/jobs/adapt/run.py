@@ -34,6 +34,7 @@ from rankfold.training.progress import Progress
 from rankfold.training.saving import load as load_adapter
 
 from .inputs import Inputs, read_inputs
+from .memory import size_of
 from .screen import Screen, megabytes
 from .settings import AdaptSettings
 from .task import Row, Task, task_for
@@ -123,10 +124,7 @@ def prepare(s: AdaptSettings, screen: Screen) -> Prepared:
     screen.say("data", "\n".join(inputs.describe()))
     loaded = load_model(s.model, s.task, labels=inputs.labels, tokenizer=s.tokenizer, dtype=s.dtype, device=s.device, seed=s.seed)
     if s.quantise is not None:
-        errors = quantise(loaded.model, s.quantise)
-        worst = max(errors, key=lambda name: errors[name])
-        found = f"{len(errors)} linear layers in {s.quantise}, largest ‖W − Q(W)‖ / ‖W‖ {errors[worst]:.2g} at {worst}"
-        screen.say("note", f"{found}; targets decide what is adapted")
+        pack(loaded.model, s.quantise, screen)
     assert s.max_length is not None
     assert s.batch_size is not None
     task = task_for(s.task, loaded, s.max_length, s.temperature)
@@ -155,6 +153,13 @@ def prepare(s: AdaptSettings, screen: Screen) -> Prepared:
     return Prepared(s, inputs, loaded, task, chosen, rows, batches)
 
 
+def pack(model: nn.Module, format: str, screen: Screen) -> None:
+    """Quantise the linear layers, and say how far they are from what they were."""
+    errors = quantise(model, format)
+    worst = max(errors, key=lambda name: errors[name])
+    screen.say("note", f"{len(errors)} linear layers in {format}, largest ‖W − Q(W)‖ / ‖W‖ {errors[worst]:.2g} at {worst}")
+
+
 def attached(ready: Prepared) -> Adaptation:
     """The adapter at its start; data-driven starts look at training batches."""
     s, model = ready.settings, ready.loaded.model
@@ -173,8 +178,9 @@ def attached(ready: Prepared) -> Adaptation:
 def describe(ready: Prepared, handle: Adaptation, screen: Screen, resuming: bool) -> None:
     """Model, method, sites and start, on the screen."""
     s, model = ready.settings, ready.loaded.model
-    base = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("rankfold."))
-    screen.say("model", f"{s.model}   {base:,} parameters, {s.dtype}, base {handle.fingerprint().hash[:12]}")
+    base, stored = size_of(model)
+    kind = s.dtype if s.quantise is None else f"{s.dtype} and {s.quantise}"
+    screen.say("model", f"{s.model}   {base:,} parameters in {megabytes(stored)}, {kind}, base {handle.fingerprint().hash[:12]}")
     screen.say("method", ready.method.describe())
     trained = handle.parameter_count()
     left = "; ".join(f"{key}: {reason}" for key, reason in handle.dropped[:3])
@@ -268,7 +274,7 @@ def describe_in_file(ready: Prepared, handle: Adaptation, history: History, **fi
     s, own = ready.settings, handle.attached[handle.names[-1]]
     own.labels = ready.inputs.labels
     own.trained = {
-        "task": s.task, "model": s.model, "tokenizer": s.tokenizer, "max_length": ready.task.max_length,
+        "task": s.task, "model": s.model, "quantise": s.quantise, "tokenizer": s.tokenizer, "max_length": ready.task.max_length,
         "temperature": s.temperature, "steps": len(history.steps), "rows": len(ready.inputs.train), "lr": s.lr,
         "seconds": round(history.seconds, 1), "versions": versions(), **figures,
     }  # fmt: skip

@@ -183,6 +183,9 @@ class PredictSettings(_Settings):
     max_length: Annotated[int, Field(ge=2)] | None = Field(None, description="tokens of a row; as in training by default")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="lm, sft: tokens to write")
     device: str | None = Field(None, description="cpu, cuda, ...; the best at hand by default")
+    quantise: Packed | Literal["none"] | None = Field(
+        None, description="store the base's linear layers in few bits, or `none`; as in training by default"
+    )
     tokenizer: str | None = Field(None, description="folder, name, or `bytes`; the one of training by default")
     force: bool = Field(False, description="take a base with another fingerprint all the same")
     quiet: bool = Field(False, description="print nothing but errors")
