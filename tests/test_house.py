@@ -7,6 +7,8 @@ machine or the address of a package index; every public name exists.
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -189,6 +191,62 @@ def test_names_of_methods_are_read_from_their_registration():
 def test_a_method_is_a_small_file(file):
     lines = file.read_text(encoding="utf-8").count("\n")
     assert lines <= LONGEST_METHOD, f"{lines} lines: what is shared belongs below methods/, what is another idea in another file"
+
+
+def blocks(source: str) -> set[str]:
+    """Logic as it could be copied: bodies of functions that are more than one call, and two statements after each other."""
+    found = set()
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        body = [n for n in function.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        groups = [body, *(body[k : k + 2] for k in range(len(body) - 1))]
+        found |= {text for group in groups if (text := "\n".join(map(ast.unparse, group))) and size(group) > 15}
+    return found
+
+
+def size(nodes: list[ast.stmt]) -> int:
+    return sum(1 for node in nodes for _ in ast.walk(node))
+
+
+def shared_logic(files: dict[str, str]) -> dict[str, list[str]]:
+    """Blocks that stand in several of {name: source}, each with the names."""
+    holders: dict[str, list[str]] = {}
+    for name, source in files.items():
+        for block in blocks(source):
+            holders.setdefault(block, []).append(name)
+    return {block: names for block, names in holders.items() if len(names) > 1}
+
+
+def test_no_two_methods_share_a_block_of_logic():
+    assert shared_logic({relative(f): f.read_text(encoding="utf-8") for f in METHODS.glob("*/*.py")}) == {}
+
+
+SCALE = "def scale(self):\n    'Of {}.'\n    return 1.0 if self.alpha is None else self.alpha / self.rank**self.power"
+PAIR = "def f(self, site):\n    {}\n    out, in_ = site.shape\n    return {{'B': (out, self.rank), 'A': (self.rank, in_)}}"
+
+
+@pytest.mark.parametrize("source", [SCALE, PAIR])
+def test_the_rule_rejects_a_block_that_stands_twice(source):
+    assert shared_logic({"a.py": source.format("a"), "b.py": source.format("b")})
+
+
+def test_the_rule_accepts_a_call_of_the_shared_piece():
+    assert shared_logic(dict.fromkeys(("a.py", "b.py"), "def tensors(self, site):\n    return pair(site, self.rank)")) == {}
+
+
+# One writer of files, which loads no torch
+
+
+def own_writers(source: str) -> list[str]:
+    """Calls by which a file takes another one's place: they belong to `rankfold.atomic`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [text for node in calls if (text := ast.unparse(node.func)) in ("os.replace", "os.rename", "tempfile.mkstemp")]
+
+
+def test_one_module_puts_files_in_their_places():
+    writers = [relative(f) for f in sources(PACKAGE) if own_writers(f.read_text(encoding="utf-8"))]
+    assert writers == ["src/rankfold/atomic.py"]
+    code = "import sys, rankfold.atomic; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # Nothing is unpickled, and no code comes with a model

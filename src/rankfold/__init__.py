@@ -23,7 +23,7 @@ _HOME = {
     "SITE_KINDS": "core.site",
     "Site": "core.site",
     "Targets": "core.targets",
-    "adapt": "training.adaptation",
+    "adapt": "training.adapting",
     "adaptation": "training.adaptation",
     "explain": "training.explain",
     "fingerprint": "training.prints",
@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from .core.targets import Targets
     from .jobs.bank import Bank
     from .jobs.exchange import load
-    from .training.adaptation import Adaptation, adapt, adaptation
+    from .training.adaptation import Adaptation, adaptation
+    from .training.adapting import adapt
     from .training.explain import explain
     from .training.method import Method, method, methods
     from .training.prints import fingerprint, record_source

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rankfold.adapters import atomic
+from rankfold import atomic
 from rankfold.adapters.files import (
     Limits,
     Schema,
@@ -345,7 +345,7 @@ KILL = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from test_files import save
-    from rankfold.adapters import atomic
+    from rankfold import atomic
     path, name, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     owner = atomic if hasattr(atomic, name) else os
     true, calls = getattr(owner, name), 0

@@ -14,60 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rankfold as rf
 from rankfold.errors import LayoutError, OptionError, TargetError, UnknownName
 
-RANK = 6
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 7, bias=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.tanh(self.first(self.embed(ids))))
-
-
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model().double()
-
-
-def entries(seed: int, rank: int, gain: bool = False, embed: bool = False, scale: float = 0.7) -> rf.Adapter:
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    made = [
-        rf.Entry("first", draw(12, rank), draw(rank, 8), scale, gain=1 + 0.3 * draw(12) if gain else None),
-        rf.Entry("second", draw(7, rank), draw(rank, 12), scale, magnitude=draw(7).abs() + 1 if gain else None),
-    ]
-    if embed:
-        made.append(rf.Entry("embed", draw(8, rank), draw(rank, 11), scale, kind="embedding"))
-    return rf.Adapter.of(made)
-
-
-def by_hand(adapter: rf.Adapter | None, ids: torch.Tensor) -> torch.Tensor:
-    return by_hand_module(adapter)(ids).detach()
-
-
-def by_hand_module(adapter: rf.Adapter | None) -> Model:
-    """The model with W' written into it."""
-    changed = model()
-    for e in adapter.entries.values() if adapter is not None else ():
-        module = changed.get_submodule(e.name)
-        W = module.weight.detach().mT if e.kind == "embedding" else module.weight.detach()
-        new = W + e.scale * e.B @ e.A
-        if e.gain is not None:
-            new = e.gain[:, None] * new
-        if e.magnitude is not None:
-            new = e.magnitude[:, None] * new / new.norm(dim=1, keepdim=True)
-        module.weight.data.copy_(new.mT if e.kind == "embedding" else new)
-    return changed
-
-
-IDS = torch.randint(0, 11, (40, 3), generator=torch.Generator().manual_seed(1))
-
+from banks import IDS, RANK, by_hand, by_hand_module, entries, model
 
 @pytest.mark.parametrize("distinct", [1, 2, 5, 9, 33])
 def test_every_row_has_the_function_of_its_own_adapter(distinct: int) -> None:
@@ -274,7 +221,7 @@ def test_u10_the_old_arena_is_freed_and_shrinking_returns_what_is_left() -> None
         bank.add(f"a{k}", entries(k, 3))
     bank.select(["a0", "a15"])
     bank.model(IDS)
-    old, kept = weakref.ref(bank.arena.untyped_storage()), weakref.ref(bank._kept[0][0].untyped_storage())
+    old, kept = weakref.ref(bank.arena.factors.untyped_storage()), weakref.ref(bank._serving.copies.rows.untyped_storage())
     bank.select("a0")
     gc.collect()
     assert kept() is None  # the rows' own copies go with the choice
@@ -283,7 +230,7 @@ def test_u10_the_old_arena_is_freed_and_shrinking_returns_what_is_left() -> None
     bank.shrink()
     gc.collect()
     assert old() is None
-    assert bank.nbytes == 3 * bank.arena[0].nbytes
+    assert bank.nbytes == 3 * (bank.arena.of(0).nbytes + bank.arena.gain1[0].nbytes)
     torch.testing.assert_close(bank.model(IDS).detach(), by_hand(entries(0, 3), IDS), rtol=0, atol=1e-10)
     bank.add("again", entries(20, 3))  # grows
 
@@ -318,7 +265,7 @@ def test_gradients_pass_through_and_the_arena_gets_none(names: str | list[str]) 
         expected(IDS[row : row + 1]).square().sum().backward()
         for token in set(IDS[row].tolist()) - {t for r in range(4) if r != row for t in IDS[r].tolist()}:
             torch.testing.assert_close(base.embed.weight.grad[token], expected.embed.weight.grad[token], rtol=1e-9, atol=1e-9)
-    assert not bank.arena.requires_grad
+    assert not bank.arena.factors.requires_grad
 
 
 def test_bfloat16_and_autocast_stay_within_rounding() -> None:

@@ -325,7 +325,7 @@ class OldMixture(nn.Module):
 def test_experts_without_tokens_are_no_bypass():
     model, x = OldMixture(), torch.randn(2, 8)
     a = rf.adapt(model, "lora", rank=2)
-    with pytest.warns(UserWarning, match=r"2 site\(s\) of experts.*experts\.1\.0"):
+    with pytest.warns(UserWarning, match=r"2 site\(s\) were not called so far.*experts\.1\.0"):
         model.train()(x)
     a.remove()
     with pytest.warns(UserWarning, match="experts"):
@@ -343,11 +343,14 @@ def test_experts_without_tokens_are_no_bypass():
 
 @pytest.mark.parametrize("listed", ["experts", "layers"])
 def test_a_list_that_nobody_runs_is_one(listed):
-    model = OldMixture(listed)
+    """The pass over a batch is strict: what it does not run would not train. The first forward without one warns."""
+    model, x = OldMixture(listed), torch.randn(2, 8)
     model.used = [] if listed == "experts" else [0]
-    rf.adapt(model, "lora", rank=2)
     with pytest.raises(InactiveError, match=f"{listed}.1.0"):
-        model.train()(torch.randn(2, 8))
+        rf.adapt(model, "lora", rank=2, batches=[x])
+    rf.adapt(model, "lora", rank=2)
+    with pytest.warns(UserWarning, match=rf"were not called so far.*{listed}\.1\.0"):
+        model.train()(x)
 
 
 # gradient checkpointing

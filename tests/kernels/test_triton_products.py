@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from rankfold.kernels import lowrank as reference
 from rankfold.kernels import magnitude as reference_magnitude
 from rankfold.kernels.triton import lowrank, magnitude
-from rankfold.kernels.triton.products import Blocks, expand, mask, reduce, shrink
+from rankfold.kernels.triton.products import Blocks, expand, masked, reduce, shrink
+from rankfold.linalg.dropout import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -48,17 +49,35 @@ def test_nothing_to_do():
     assert torch.equal(expand(y.clone(), torch.zeros(3, 0, device=DEVICE), torch.zeros(0, 4, device=DEVICE), 1.0), y)
 
 
-def test_one_mask_in_all_products():
-    """Drawn by position: whatever the blocks, the same entries are dropped, and about p of them."""
+def test_the_reference_s_own_mask_in_all_products():
+    """The same function at an equal seed: the entries that `keep_mask` drops, over 1 − p."""
     x, A, drop = normal(40, 50), normal(4, 50), (0.25, 2**61 + 7)
-    z = mask((40, 50), drop, x)
-    assert set(z.unique().tolist()) == {0.0, torch.tensor(1.0 / 0.75).item()}
-    assert abs((z == 0).float().mean() - 0.25) < 0.03
-    assert not torch.equal(z, mask((40, 50), (0.25, 2**61 + 8), x))
-    near(shrink(x, A, drop, TINY), (x * z).double() @ A.double().mT, torch.float32)
+    z = kept(drop, (40, 50))
+    assert set(z.unique().tolist()) == {0.0, 1.0 / 0.75}
+    of = masked((40, 50), drop, x.device)
+    near(shrink(x, A, of, TINY), (x * z) @ A.double().mT, torch.float32)
     h = normal(40, 4)
-    near(reduce(h, x, 2.0, drop, TINY), 2.0 * h.double().mT @ (x * z).double(), torch.float32, 4.0)
-    near(expand(x.clone(), h, A, 2.0, drop, TINY), x.double() + 2.0 * z * (h.double() @ A.double()), torch.float32)
+    near(reduce(h, x, 2.0, of, TINY), 2.0 * h.double().mT @ (x * z), torch.float32, 4.0)
+    near(expand(x.clone(), h, A, 2.0, of, TINY), x.double() + 2.0 * z * (h.double() @ A.double()), torch.float32)
+
+
+def kept(drop, shape):
+    """z / (1 − p) in float64, by the reference's mask."""
+    p, seed = drop
+    return keep_mask(shape, p, seed, torch.device(DEVICE)).double() / (1.0 - p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_both_forms_compute_one_function_at_an_equal_seed(p):
+    """Output and every gradient of the reference and of the kernels, with dropout."""
+    W, B, A = normal(18, 21), normal(18, 3).requires_grad_(), normal(3, 21).requires_grad_()
+    x, g = normal(5, 7, 21).requires_grad_(), normal(5, 7, 18, seed=9)
+    outcomes = []
+    for path in (None, lowrank):
+        y = reference.lowrank_linear(x, Weight(W), None, B, A, 0.5, p_seed=(p, 2**40 + 3), path=path)
+        outcomes.append([y.detach(), *torch.autograd.grad(y, (x, B, A), g)])
+    for one, other in zip(*outcomes):
+        near(one, other, torch.float32, 2.0)
 
 
 class Weight:
@@ -85,7 +104,7 @@ class Weight:
 @pytest.mark.parametrize("offset", [False, True], ids=["plain", "offset"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_lowrank_linear(dtype, offset, drop):
-    """Output and every gradient by autograd in float64, with the kernels' own mask."""
+    """Output and every gradient by autograd in float64."""
     W, x = normal(18, 21, dtype=dtype), normal(3, 7, 21, dtype=dtype).requires_grad_()
     B, A, bias = normal(18, 3).requires_grad_(), normal(3, 21).requires_grad_(), normal(18, dtype=dtype).requires_grad_()
     B0, A0 = (normal(18, 3, seed=5), normal(3, 21, seed=5)) if offset else (None, None)
@@ -93,7 +112,7 @@ def test_lowrank_linear(dtype, offset, drop):
     g = normal(3, 7, 18, seed=9, dtype=dtype)
     found = torch.autograd.grad(y, (x, bias, B, A), g)
     x64, bias64, B64, A64 = (t.detach().double().requires_grad_() for t in (x, bias, B, A))
-    z = 1.0 if drop is None else mask((21, 21), drop, W).view(3, 7, 21).double()
+    z = 1.0 if drop is None else kept(drop, (3, 7, 21))
     change = B64 @ A64 - (B0.double() @ A0.double() if offset else 0.0)
     y64 = x64 @ W.double().mT + bias64 + 0.5 * (z * x64) @ change.mT
     near(y.detach(), y64.detach(), dtype, 2.0)

@@ -10,8 +10,8 @@ from torch import nn
 import rankfold as rf
 from rankfold.core import probing, readers
 from rankfold.errors import InactiveError
-from rankfold.training import adaptation as adaptation_module
 from rankfold.training.engine import Engine
+from rankfold.training.own_update import OwnUpdate
 
 from .checks import Checks
 from .models import BLOCK, Blocks, Linear, tiny
@@ -210,7 +210,7 @@ def counts_nothing(monkeypatch):
 
 
 def watches_no_update(monkeypatch):
-    monkeypatch.setattr(adaptation_module.OwnUpdate, "before_forward", lambda self, store: None)
+    monkeypatch.setattr(OwnUpdate, "before_forward", lambda self, store: None)
 
 
 def leaves_the_fast_path(monkeypatch):

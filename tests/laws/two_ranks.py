@@ -1,6 +1,6 @@
 """Law 9's runs: every function here gives the same tensors on one process and, cut in halves of the batch, on two.
 
-`python -m laws.two_ranks FOLDER RANK` is one of the two: it runs all cells and leaves what they gave in FOLDER.
+`python -m laws.two_ranks FOLDER` imports once, becomes two processes, and leaves in FOLDER what each gave in every cell.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,18 +16,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed.tensor
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rankfold as rf
+from rankfold.core import folding
 from rankfold.core.structure import trait
 from rankfold.errors import LayoutError
-from rankfold.training import statistics
+from rankfold.linalg.random import Random
+from rankfold.training import loop, statistics
 from rankfold.training.bucket import Bucket
 from rankfold.training.checkpoints import ADAPTER
 from rankfold.training.loop import Interrupted, LoopSettings, train
@@ -37,9 +42,24 @@ from .subjects import shake, small, subjects
 ONE, DDP, FSDP, LATE = "one", "ddp", "fsdp", "fsdp-late"
 """One process; torch's DDP around the model; cut, then adapted; adapted, then cut."""
 LATES = ("lora", "dora", "full", "adaptertune", "lora-ga")
-MUTANTS = ("forgets_to_average", "forgets_to_join")
+MUTANTS = {
+    "forgets_to_average": "lora",
+    "forgets_to_join": "eva",
+    "reads_its_own_piece": "pissa",
+    "forgets_the_new_pieces": "lora",
+}
+"""Faults, and the method whose cell must show each."""
 SAVED = "magnitude+lora+init:pissa"
+RUN = "dropout+gate+lora+init:gaussian+rank:adalora"
+OPTIONS = {"bone": {"rank": 3}, RUN: {"gate.per": "rank"}}  # blocks of 2 x 2 don't tile what is odd
+CHAINS = {
+    "ddp, ddp": (DDP, DDP), "cut, cut": (FSDP, FSDP), "cut, ddp": (FSDP, DDP), "ddp, cut": (DDP, FSDP), "alone, cut": (ONE, FSDP),
+    "alone, ddp": (ONE, DDP), "cut, ddp, alone": (FSDP, DDP, ONE),
+}  # fmt: skip
+"""Runs that stop in one layout and go on in the next."""
+CHAIN_MUTANTS = ("forgets_the_moments", "draws_by_process")
 STEPS = 3
+WAITS = timedelta(seconds=60)
 Found = dict[str, Tensor]
 
 
@@ -101,7 +121,7 @@ def mine(layout: str, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor
 
 
 def adapted(layout: str, model: nn.Module, method: str, **options: object) -> rf.Adaptation:
-    m = small(method, **({"rank": 3} if method == "bone" else {}))  # blocks of 2 x 2 don't tile what is odd
+    m = small(method, **OPTIONS.get(method, {}))
     needs = m.init.needs & {"activations", "gradients"}
     data = {"batches": mine(layout, batches()[0]), "loss": loss} if needs else {}
     if layout == FSDP:
@@ -138,8 +158,11 @@ def trained(layout: str, model: nn.Module, adaptation: rf.Adaptation, dtype: tor
             total /= torch.distributed.get_world_size()
         losses.append(total)
     model.eval()
-    tensors = {f"tensor/{k.replace('/', '|')}": t.detach().clone() for k, t in adaptation.tensors().items()}
-    return {"losses": torch.stack(losses), **tensors}
+    return {"losses": torch.stack(losses), **tensors_of(adaptation)}
+
+
+def tensors_of(adaptation: rf.Adaptation, prefix: str = "tensor") -> Found:
+    return {f"{prefix}/{k.replace('/', '|')}": t.detach().clone() for k, t in adaptation.tensors().items()}
 
 
 @torch.no_grad()
@@ -149,7 +172,7 @@ def method_cell(layout: str, method: str) -> Found:
     ids = batches()[0][0]
     found = {"base": model(ids)}
     adaptation = adapted(layout, model, without_chance(method))
-    found |= {f"start/{k.replace('/', '|')}": t.detach().clone() for k, t in adaptation.tensors().items()}
+    found |= tensors_of(adaptation, "start")
     found["fingerprint"] = text(adaptation.fingerprint().hash)
     shake(adaptation, 0.1)
     with torch.enable_grad():
@@ -182,7 +205,7 @@ def text(value: str) -> Tensor:
 
 
 def saved_cell(layout: str, folder: Path) -> Found:
-    """Saved here, and what `ONE` has saved loaded here."""
+    """An adapter is saved."""
     model = net().eval()
     adaptation = adapted(layout, model, SAVED, extras=["head"])
     shake(adaptation)
@@ -190,18 +213,24 @@ def saved_cell(layout: str, folder: Path) -> Found:
         adaptation.save(folder / f"saved-{layout}")
     if layout != ONE:
         torch.distributed.barrier()
-    ids = batches()[0][0]
-    with torch.no_grad():
-        found = {"output": model(ids)}
-        for source in (ONE, DDP, FSDP, LATE):
-            if (folder / f"saved-{source}").exists():
-                other = net().eval()
-                if layout in (FSDP, LATE):
-                    rf.shard(other)
-                load(other, folder / f"saved-{source}")
-                found[f"output of {source}"] = other(ids)
     digest = hashlib.sha256((folder / f"saved-{layout}" / "adapter.safetensors").read_bytes()).hexdigest()
-    return {**found, "file": text(digest)}
+    with torch.no_grad():
+        return {"output": model(batches()[0][0]), "file": text(digest)}
+
+
+@torch.no_grad()
+def loaded_cell(layout: str, folder: Path) -> Found:
+    """What every layout has saved is loaded in this one: on a base that is whole, and on one that is cut before or after."""
+    found = {}
+    for source in (ONE, DDP, FSDP, LATE):
+        model = net().eval()
+        if layout == FSDP:
+            rf.shard(model)
+        load(model, folder / f"saved-{source}")
+        if layout == LATE:
+            rf.shard(model)
+        found[f"output of {source}"] = model(batches()[0][0])
+    return found
 
 
 def run(layout: str, model: nn.Module, adaptation: rf.Adaptation, folder: Path, *, resume: bool, stop: int | None) -> list[float]:
@@ -220,22 +249,39 @@ def run(layout: str, model: nn.Module, adaptation: rf.Adaptation, folder: Path, 
     return history.losses
 
 
-def loop_cell(first: str, second: str, folder: Path) -> Found:
-    """A run of the loop in one layout that is stopped, and goes on in another."""
+def leg(chain: str, k: int, folder: Path) -> Found:
+    """Leg k of a chain: two steps of six in its layout, from where the one before was stopped; the last one runs to the end."""
+    layouts, checkpoint = CHAINS[chain], folder / chain / "checkpoint"
     model = net()
-    adaptation = adapted(first, model, "adalora")
-    checkpoint = folder / f"{first}-{second}" / "checkpoint"
-    if first != second:
-        try:
-            run(first, model, adaptation, checkpoint, resume=False, stop=2)
-        except Interrupted:
-            model = net()
-            if second == FSDP:
-                rf.shard(model)
-            adaptation = load(model, checkpoint / ADAPTER)
-    losses = run(second, model, adaptation, checkpoint, resume=first != second, stop=None)
-    tensors = {f"tensor/{k.replace('/', '|')}": t.detach().clone() for k, t in adaptation.tensors().items()}
-    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors}
+    if k == 0:
+        adaptation = adapted(layouts[0], model, RUN)
+    else:
+        if layouts[k] == FSDP:
+            rf.shard(model)
+        adaptation = load(model, checkpoint / ADAPTER)
+    last = k == len(layouts) - 1
+    try:
+        losses = run(layouts[k], model, adaptation, checkpoint, resume=k > 0, stop=None if last else 2 * (k + 1))
+    except Interrupted:
+        return {}
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors_of(adaptation)}
+
+
+def chain_cell(chain: str, folder: Path) -> Found:
+    """The legs of two processes; those of one come before and after."""
+    found: Found = {}
+    for k, layout in enumerate(CHAINS[chain]):
+        if layout != ONE:
+            found = leg(chain, k, folder)
+    return found
+
+
+def whole_run(folder: Path) -> Found:
+    """One process from the start to the end."""
+    model = net()
+    adaptation = adapted(ONE, model, RUN)
+    losses = run(ONE, model, adaptation, folder / "checkpoint", resume=False, stop=None)
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors_of(adaptation)}
 
 
 def heads_cell(layout: str, checkpointed: bool) -> Found:
@@ -302,49 +348,79 @@ def job_cell(layout: str, folder: Path) -> Found:
     return {"figures": torch.tensor([written["valid"][k] for k in sorted(written["valid"])], dtype=torch.float64)}
 
 
+def own_piece(tensor: torch.distributed.tensor.DTensor) -> Tensor:
+    """The whole of a tensor, of which this process has only looked at its own rows."""
+    rows = -(-tensor.shape[0] // 2)
+    found = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    found[rank() * rows : (rank() + 1) * rows] = tensor.to_local()
+    return found
+
+
+def by_process(run: loop._Run, k: int) -> None:
+    torch.manual_seed(Random(run.step, k, run.accelerator.process_index).randint(0, 2**31))
+
+
 @contextmanager
 def broken(mutant: str) -> Iterator[None]:
     """The library with one fault."""
-    if mutant == "forgets_to_average":
-        fault = mock.patch.object(Bucket, "all_reduce", return_value=None)
-    else:
-        fault = mock.patch.object(statistics, "_join", lambda distinct, wanted, reached: reached)
-    with fault:
+    from torch.distributed.tensor import DTensor
+
+    faults = {
+        "forgets_to_average": (Bucket, "all_reduce", lambda self: None),
+        "forgets_to_join": (statistics, "_join", lambda distinct, wanted, reached: reached),
+        "reads_its_own_piece": (DTensor, "full_tensor", own_piece),
+        "forgets_the_new_pieces": (folding, "renew", lambda model: None),
+        "forgets_the_moments": (torch.optim.Optimizer, "load_state_dict", lambda self, state: None),
+        "draws_by_process": (loop._Run, "_seed", by_process),
+    }
+    with mock.patch.object(*faults[mutant]):
         yield
 
 
 def mutant_cell(mutant: str) -> Found:
     with broken(mutant):
-        return method_cell(FSDP, "lora" if mutant == "forgets_to_average" else "eva")
+        return method_cell(FSDP, MUTANTS[mutant])
+
+
+def mutant_chain_cell(mutant: str, folder: Path) -> Found:
+    with broken(mutant):
+        return chain_cell("cut, ddp", folder / mutant)
+
+
+def mutant_saved_cell(folder: Path) -> Found:
+    with broken("reads_its_own_piece"):
+        return saved_cell(FSDP, folder / "mutant")
 
 
 def cells(folder: Path) -> dict[str, Callable[[], Found]]:
     """Everything that the pair runs, by name."""
     made: dict[str, Callable[[], Found]] = {}
-    for layout in (DDP, FSDP, LATE):
+    layouts = (DDP, FSDP, LATE)
+    for layout in layouts:
         for method in subjects() if layout != LATE else LATES:
-            made[f"{layout} {method}"] = lambda layout=layout, method=method: method_cell(layout, method)
-        made[f"{layout} saved"] = lambda layout=layout: saved_cell(layout, folder)
-        made[f"{layout} heads"] = lambda layout=layout: heads_cell(layout, checkpointed=True)
-        made[f"{layout} mixed"] = lambda layout=layout: mixed_cell(layout)
-    for first, second in ((DDP, DDP), (FSDP, FSDP), (FSDP, DDP), (DDP, FSDP)):
-        made[f"loop {first} {second}"] = lambda first=first, second=second: loop_cell(first, second, folder)
-    made[f"{FSDP} clipped"] = lambda: clipped_cell(FSDP)
+            made[f"{layout} {method}"] = partial(method_cell, layout, method)
+        made[f"{layout} saved"] = partial(saved_cell, layout, folder)
+        made[f"{layout} heads"] = partial(heads_cell, layout, checkpointed=True)
+        made[f"{layout} mixed"] = partial(mixed_cell, layout)
+    made |= {f"{layout} loaded": partial(loaded_cell, layout, folder) for layout in layouts}
+    made |= {f"chain {chain}": partial(chain_cell, chain, folder) for chain in CHAINS}
+    made[f"{FSDP} clipped"] = partial(clipped_cell, FSDP)
     made["forgotten"] = forgotten_cell
-    made["job"] = lambda: job_cell(DDP, folder)
-    for mutant in MUTANTS:
-        made[f"mutant {mutant}"] = lambda mutant=mutant: mutant_cell(mutant)
+    made["job"] = partial(job_cell, DDP, folder)
+    made |= {f"mutant {mutant}": partial(mutant_cell, mutant) for mutant in MUTANTS}
+    made |= {f"mutant {mutant}": partial(mutant_chain_cell, mutant, folder) for mutant in CHAIN_MUTANTS}
+    made["mutant saved"] = partial(mutant_saved_cell, folder)
     return made
 
 
-def main(folder: Path, index: int) -> None:
+def one_of_two(folder: Path, index: int) -> None:
+    """Run every cell; where the two part ways, stop, since every later cell would wait for the other in vain."""
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, and not used: they meet in a file
-    faulthandler.dump_traceback_later(200, exit=True)  # a pair that waits for each other says where
+    faulthandler.dump_traceback_later(240, exit=True)  # a pair that waits for each other says where
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=2, timeout=timedelta(seconds=60)
-    )
+    meeting = torch.distributed.FileStore(str(folder / "meeting"), 2)
+    torch.distributed.init_process_group("gloo", store=meeting, rank=index, world_size=2, timeout=WAITS)
     errors: dict[str, str] = {}
     tensors: Found = {}
     for name, cell in cells(folder).items():
@@ -352,9 +428,31 @@ def main(folder: Path, index: int) -> None:
             tensors |= {f"{name}//{key}": t.detach().contiguous().clone() for key, t in cell().items()}
         except Exception:
             errors[name] = traceback.format_exc()
+            meeting.set(f"{name} fails in {index}", "1")
+            try:
+                meeting.wait([f"{name} fails in {1 - index}"], timedelta(seconds=5))
+            except torch.distributed.DistStoreError:
+                errors["stopped"] = f"after {name}, which failed in process {index} alone:\n{errors[name]}"
+                break
     save_file(tensors, folder / f"{index}.safetensors")
     (folder / f"{index}.json").write_text(json.dumps(errors))
+    torch.distributed.destroy_process_group()
+
+
+def main(folder: Path) -> int:
+    """Both processes; gives the worst of their codes."""
+    import transformers  # noqa: F401  (what is imported here is imported once)
+
+    import rankfold.jobs.adapt.run  # noqa: F401
+
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pair = [start.Process(target=one_of_two, args=(folder, index)) for index in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in pair)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1])))

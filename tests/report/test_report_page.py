@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rankfold.errors import FileError
 from rankfold.measure import Interval
 from rankfold.report import (
     Column,
@@ -202,9 +203,9 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FileError, match="no space left"):
         Report("other").write(path)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FileError, match="no space left"):
         Report("other").write(path.parent / "absent.html")
     assert path.read_text(encoding="utf-8") == former
     assert os.listdir(path.parent) == ["report.html"]

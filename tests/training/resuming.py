@@ -81,7 +81,7 @@ def main(folder: Path, methods: list[str]) -> None:
 
 def die_while_saving(folder: Path, where: str) -> None:
     """Save one checkpoint whole, and be killed in the middle of the second."""
-    from rankfold.adapters import atomic
+    from rankfold import atomic
     from rankfold.training import checkpoints
 
     adaptation = fresh("lora")[1]

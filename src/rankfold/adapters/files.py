@@ -22,9 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rankfold.atomic import atomic_file, atomic_folder, recover_folder, write_text
 from rankfold.errors import FileError, NumericError, nearest
-
-from .atomic import atomic_file, atomic_folder, recover_folder, write_text
 
 __all__ = [
     "LIMITS",

@@ -14,6 +14,7 @@ _HOME = {
     "Context": "structure", "Decorator": "structure", "Offset": "structure", "SideModule": "structure", "Spec": "structure",
     "Stack": "structure", "StartContext": "structure", "Structure": "structure", "Tensors": "structure", "kaiming": "structure",
     "TooLarge": "structure",
+    "ScaledStructure": "scaled", "pair": "scaled",
     "layers": "structure", "trait": "structure",
     "PLANS": "planner", "Program": "planner", "explain": "planner", "run": "planner",
     "Member": "store", "Slot": "store", "Store": "store", "Extra": "store", "store_of": "store",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .planner import PLANS, Program, explain, run
     from .probing import CallWatch, call_model, probe
     from .registry import AXES, Entry, entries, find, load_file, register, resolve
+    from .scaled import ScaledStructure, pair
     from .site import SITE_KINDS, Site
     from .store import Extra, Member, Slot, Store, store_of
     from .structure import (

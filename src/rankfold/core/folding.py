@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import LayoutError
+from rankfold.linalg import at_least_float32
 from rankfold.linalg.sharded import cut_like, is_cut
 
+from .base import Base
 from .bases._quantised import QuantisedBase
 from .host import Host, fold_weight, site_program, swapped
-from .kinds import held, kind_named
+from .kinds import by_weight, held, kind_named
 from .sharding import close, renew
 from .store import Slot, Store
 
@@ -30,7 +33,8 @@ def _hosts(model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
     return found
 
 
-def _check(store: Store) -> None:
+def _ready(store: Store) -> None:
+    """Check that the model can be folded; what is cut over processes is in pieces afterwards."""
     if store.is_folded:
         raise LayoutError("the model is folded already; unfold first")
     for name in store.active:
@@ -39,6 +43,7 @@ def _check(store: Store) -> None:
                 raise LayoutError(
                     f"adapter {name!r}: {slot.site.name} carries a side module, which is no weight: it can't be folded"
                 )
+    close(store.model)
 
 
 def folded_weights(store: Store) -> dict[str, Tensor]:
@@ -49,29 +54,62 @@ def folded_weights(store: Store) -> dict[str, Tensor]:
     Raises:
         LayoutError: folded already, a change that depends on the input, or a side module.
     """
-    _check(store)
-    close(store.model)
-    weights = {}
-    for module, host in _hosts(store.model).values():
-        for name, groups in _by_weight(store, host).items():
-            weights[name] = _folded(store, module, groups)
-    return weights
+    _ready(store)
+    return {change.place.name: change.restored() for change in _changes(store)}
 
 
-def _by_weight(store: Store, host: Host) -> dict[str, list[list[Slot]]]:
-    """Slots of the adapters that are on, by site, by name of the stored weight."""
-    found: dict[str, list[list[Slot]]] = {}
-    for slots in host.slots.values():
-        if on := [s for s in slots if s.member.name in store.active]:
-            found.setdefault(on[0].site.weight, []).append(on)
-    return found
+@dataclass(frozen=True)
+class _Place:
+    """Where a stored weight stands: its full name, the module whose site it is, and the module that holds it."""
+
+    name: str
+    module: str
+    owner: nn.Module
+    param: str
+
+    @property
+    def stored(self) -> nn.Parameter:
+        parameter = self.owner._parameters[self.param]
+        assert parameter is not None
+        return parameter
 
 
-def _folded(store: Store, module: nn.Module, groups: Sequence[Sequence[Slot]]) -> Tensor:
-    site = groups[0][0].site
-    owner, leaf = held(module, site)
-    with _own_values(module, owner):
-        return _changed(store, groups, owner._parameters[leaf])
+@dataclass(frozen=True)
+class _Change:
+    """W' of one stored weight as a map, in at least float32.
+
+    `parts` are its rows that adapters change; the others are those of W. `size` is ‖W' − W‖.
+    """
+
+    place: _Place
+    base: Base
+    W: Tensor
+    parts: tuple[slice, ...]
+    size: float
+
+    def restored(self) -> Tensor:
+        """W' in the layout and dtype of the storage; whole also where that is cut."""
+        return self.base.restored(self.W, self.place.stored.detach())
+
+    def rounding(self, restored: Tensor) -> float:
+        """‖W'_stored − W'‖ / ‖W' − W‖ over the rows that change; 0 where nothing does."""
+        site = self.base.site
+        view = kind_named(site.kind).view(restored, site)
+        error = sum(float((view[..., rows, :].to(self.W.dtype) - self.W[..., rows, :]).square().sum()) for rows in self.parts)
+        return error**0.5 / self.size if self.size else 0.0
+
+
+def _changes(store: Store) -> Iterator[_Change]:
+    """Every stored weight that adapters which are on change, one at a time; its W' is built once."""
+    for path, (module, host) in _hosts(store.model).items():
+        for name, groups in by_weight(host.slots_on()).items():
+            base = groups[0][0].base
+            assert base is not None
+            owner, param = held(module, base.site)
+            with _own_values(module, owner):
+                W, size = _whole(store, base, groups)
+            parts = tuple(slice(*(group[0].site.rows or (None,))) for group in groups)
+            yield _Change(_Place(name, path, owner, param), base, W, parts, size)
 
 
 @contextmanager
@@ -84,24 +122,21 @@ def _own_values(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def _changed(store: Store, groups: Sequence[Sequence[Slot]], stored: Tensor | None) -> Tensor:
-    assert stored is not None
-    base = groups[0][0].base
-    assert base is not None
-    return base.restored(_whole(store, groups), stored.detach())
-
-
-def _whole(store: Store, groups: Sequence[Sequence[Slot]]) -> Tensor:
-    """W' of a whole storage as a map, of which `groups` may change some rows only."""
-    site, base = groups[0][0].site, groups[0][0].base
-    assert base is not None
-    if site.rows is None:
-        return fold_weight(site_program(store, groups[0], training=False, outside=True))
-    W = base.all_rows()
+@torch.no_grad()
+def _whole(store: Store, base: Base, groups: Sequence[Sequence[Slot]]) -> tuple[Tensor, float]:
+    """(W' of a whole storage as a map, ‖W' − W‖); `groups` may change some rows only."""
+    if base.site.rows is None:
+        program = site_program(store, groups[0], training=False, outside=True)
+        W = fold_weight(program)
+        return W, float((W - program.base.dense()).norm())
+    W, change = at_least_float32(base.all_rows()), 0.0
     for group in groups:
         assert group[0].site.rows is not None
-        W[slice(*group[0].site.rows)] = fold_weight(site_program(store, group, training=False, outside=True)).to(W.dtype)
-    return W
+        rows = W[slice(*group[0].site.rows)]
+        changed = fold_weight(site_program(store, group, training=False, outside=True)).to(W.dtype)
+        change += float((changed - rows).square().sum())
+        rows.copy_(changed)
+    return W, change**0.5
 
 
 @torch.no_grad()
@@ -111,16 +146,13 @@ def requantisation_errors(store: Store) -> dict[str, float]:
     Raises:
         LayoutError: as `fold`; no base is quantised, or a format that can't be written.
     """
-    _check(store)
+    _ready(store)
     errors: dict[str, float] = {}
-    for module, host in _hosts(store.model).values():
-        for groups in _by_weight(store, host).values():
-            base = groups[0][0].base
-            if isinstance(base, QuantisedBase):
-                with _own_values(module):
-                    W = _whole(store, groups)
-                size = float((W - base.all_rows()).norm())
-                errors[base.site.name] = float((base.rounded(W) - W).norm()) / size if size else 0.0
+    for change in _changes(store):
+        base = change.base
+        if isinstance(base, QuantisedBase):
+            lost = float((base.rounded(change.W) - change.W).norm())
+            errors[base.site.name] = lost / change.size if change.size else 0.0
     if not errors:
         raise LayoutError("requantisation_errors: no adapter that is on changes a quantised weight")
     return errors
@@ -138,40 +170,27 @@ def fold(store: Store) -> dict[str, float]:
         LayoutError: folded already, no adapter on, a change that depends on the input, a side module, or a weight that is both
             cut over processes and shared by modules.
     """
-    _check(store)
-    close(store.model)
-    hosts = _hosts(store.model)
+    _ready(store)
     _refuse_shared_pieces(store)
-    weights: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
     users: dict[int, list[str]] = {}
     for name, parameter in store.model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
-    for module, host in hosts.values():  # before anything is swapped: whatever is refused, the model is as it was
-        for name, groups in _by_weight(store, host).items():
-            site = groups[0][0].site
-            owner, param = held(module, site)
-            W = _folded(store, module, groups)
-            with _own_values(module, owner):
-                errors[site.name] = _rounding(store, groups, W)
-            stored = owner._parameters[param]
-            assert stored is not None
-            weights[name] = cut_like(W, stored)
-    for path, (module, host) in hosts.items():
-        for name, groups in _by_weight(store, host).items():
-            site = groups[0][0].site
-            owner, param = held(module, site)
-            original = owner._parameters[param]
-            assert original is not None
-            sharers = [n.removesuffix(".weight") for n in users[id(original)] if n != name]
-            if sharers:
-                warnings.warn(
-                    f"fold: {path} shared its weight with {', '.join(sharers)}; it now has a folded one of its own", stacklevel=3
-                )
-            owner._parameters[param] = nn.Parameter(weights[name], requires_grad=False)
-            store.folded.setdefault(site.weight.rpartition(".")[0], []).append((param, original))
+    errors: dict[str, float] = {}
+    swaps: list[tuple[_Place, Tensor]] = []
+    for change in _changes(store):  # before anything is swapped: whatever is refused, the model is as it was
+        W = change.restored()
+        errors[change.base.site.name] = change.rounding(W)
+        swaps.append((change.place, cut_like(W, change.place.stored)))
+    for place, W in swaps:
+        original = place.stored
+        sharers = [n.removesuffix(".weight") for n in users[id(original)] if n != place.name]
+        if sharers:
+            text = f"fold: {place.module} shared its weight with {', '.join(sharers)}; it now has a folded one of its own"
+            warnings.warn(text, stacklevel=3)
+        place.owner._parameters[place.param] = nn.Parameter(W, requires_grad=False)
+        store.folded.setdefault(place.name.rpartition(".")[0], []).append((place.param, original))
     owned: dict[tuple[str, ...], nn.Parameter] = {}
-    for path, (module, host) in hosts.items():  # every module that shares an owned parameter: the tie stays
+    for path, (module, host) in _hosts(store.model).items():  # every module that shares an owned parameter: the tie stays
         changed = {param for param, _ in store.folded.get(path, ())}  # stands on the owned value already
         for param, value in host.own_values(module).items():
             kept = module._parameters[param]
@@ -201,19 +220,6 @@ def _refuse_shared_pieces(store: Store) -> None:
                 f"fold: {' and '.join(names)} are one weight, cut over processes, which can't be changed for one of them alone. "
                 f"Fold in one process: adaptation.save(FOLDER) here, rf.load(model, FOLDER).fold() there"
             )
-
-
-def _rounding(store: Store, groups: Sequence[Sequence[Slot]], folded: Tensor) -> float:
-    error = change = 0.0
-    for group in groups:
-        site = group[0].site
-        program = site_program(store, group, training=False, outside=True)
-        exact = fold_weight(program)
-        view = kind_named(site.kind).view(folded, site)
-        stored = view if site.rows is None else view[slice(*site.rows)]
-        error += float((stored.to(exact.dtype) - exact).square().sum())
-        change += float((exact - program.base.dense()).square().sum())
-    return (error / change) ** 0.5 if change else 0.0
 
 
 def unfold(store: Store) -> None:

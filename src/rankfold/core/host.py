@@ -50,7 +50,7 @@ class Host:
     def settle(self) -> None:
         """Hold what is on: see `Store.settle`."""
         store = self.store
-        self.live = self._slots_on()
+        self.live = self.slots_on()
         self.live_sides = self._sides_on()
         for slot in [slot for group in self.live for slot in group] + self.live_sides:
             slot.on = store.active[slot.member.name]
@@ -123,9 +123,10 @@ class Host:
 
     def _on(self) -> list[list[Slot]]:
         """Slots of the adapters that are on, by site."""
-        return [] if self.store.is_folded else self._slots_on()
+        return [] if self.store.is_folded else self.slots_on()
 
-    def _slots_on(self) -> list[list[Slot]]:
+    def slots_on(self) -> list[list[Slot]]:
+        """As `_on`, whether folded or not."""
         groups = ([s for s in group if s.member.name in self.store.active] for group in self.slots.values())
         return [group for group in groups if group]
 

@@ -29,6 +29,7 @@ from rankfold.linalg.dropout import Dropout
 
 from . import costs
 from .base import Base, DenseBase
+from .compiled import as_operators, takes_operators
 
 __all__ = ["MEMORY", "PLANS", "Program", "explain", "require_known", "run"]
 
@@ -134,6 +135,10 @@ def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "au
 
 def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: str) -> Tensor:
     if plan == "plain" or (plan == "auto" and _must_be_plain(program)):
+        if plan == "auto" and torch.compiler.is_compiling() and takes_operators(program.base, x):
+            fused = _fused_form(program.expression(x=x if program.needs_x else None), program.base)
+            if fused is not None and fused.B is not None:
+                return as_operators(program.base, fused, x, bias)
         return _plain(program, x, bias)
     if plan in ("fused", "effective") and program.base.trains():
         raise LayoutError(f"plan {plan!r}: the base weight trains too, and this plan has no gradient for it; use plan='plain'")

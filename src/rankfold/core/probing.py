@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _hosts(store: Store, member: Member) -> dict[str, Host]:
-    """The hosts of an adapter's sites and extras, by module."""
-    found = {path: module.__dict__["_rankfold"] for path, module in store.model.named_modules() if "_rankfold" in module.__dict__}
+    """The hosts of an adapter's sites and extras, by the module's path when it was adapted."""
+    found = {host.path: host for m in store.model.modules() if (host := m.__dict__.get("_rankfold")) is not None}
     sites = {slot.site.module for slot in member.slots.values()}
     return {p: host for p, host in found.items() if p in sites or any(name == member.name for name, _ in host.extras)}
 
@@ -75,13 +76,22 @@ def silent_extras(store: Store, member: Member, since: dict[str, int]) -> list[E
     return [extra for extra in member.extras.values() if extra.key not in called]
 
 
-def _require_calls(store: Store, member: Member, since: dict[str, int]) -> set[str]:
-    """Raise for what was bypassed, warn of experts without tokens and of extras that we chose; gives those experts' sites."""
-    silent = silent_sites(store, member, since)
+def _require_calls(store: Store, member: Member, since: dict[str, int], left_out: Container[str] = ()) -> set[str]:
+    """Raise for what was bypassed, warn of extras that we chose and of experts without tokens; gives those experts' sites.
+
+    Args:
+        left_out: modules that are in no fault: the model did not run what holds them.
+    """
+    silent = [key for key in silent_sites(store, member, since) if member.slots[key].site.module not in left_out]
     idle = without_tokens(store, member, since).intersection(silent)
     if bad := [key for key in silent if key not in idle]:
         raise InactiveError(bypassed(bad))
-    extras = silent_extras(store, member, since)
+    hosts = _hosts(store, member)
+    extras = [
+        e
+        for e in silent_extras(store, member, since)
+        if not all(path in left_out for path, host in hosts.items() if any(own.key == e.key for _, own in host.extras))
+    ]
     if named := [e.name for e in extras if e.named]:
         raise InactiveError(
             f"extras: {', '.join(named[:5])}: the model reads these parameters without calling their module, or left it out, so "
@@ -127,26 +137,89 @@ def bypassed(keys: list[str]) -> str:
     )
 
 
+class Entries:
+    """Which of the modules that hold an adapter's sites are called, from now until `close`: it tells a bypassed site from
+    one that was left out with what is around it."""
+
+    def __init__(self, store: Store, member: Member) -> None:
+        paths = {id(m.__dict__.get("_rankfold")): path for path, m in store.model.named_modules()}  # as they are now
+        self.holders = {path: _holder(store.model, paths[id(host)]) for path, host in _hosts(store, member).items()}
+        self.entered = {""}
+        self.hooks = [
+            store.model.get_submodule(path).register_forward_pre_hook(partial(self._enter, path))
+            for path in set(self.holders.values()) - {""}
+        ]
+
+    def _enter(self, path: str, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.entered.add(path)
+
+    def close(self) -> set[str]:
+        """Stop, and give the modules whose holder was not called."""
+        for hook in self.hooks:
+            hook.remove()
+        return {path for path, holder in self.holders.items() if holder not in self.entered}
+
+
+def _holder(model: nn.Module, path: str) -> str:
+    """The module that calls the one at `path`: the nearest around it with a forward of its own, so no list."""
+    while path:
+        path = path.rpartition(".")[0]
+        if type(model.get_submodule(path)).forward is not nn.Module.forward:
+            break
+    return path
+
+
+def _in_compiled(model: nn.Module, path: str) -> bool:
+    """Whether something around the module at `path`, below the whole model, has been compiled by itself."""
+    parts = path.split(".")
+    around: list[Any] = [model.get_submodule(".".join(parts[:k])) for k in range(1, len(parts) + 1)]
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in around)
+
+
 class CallWatch:
-    """Checks the first forward pass of each mode after attaching, where no probe batch was given; then goes away."""
+    """Checks the first forward pass of each mode after attaching, where no probe batch was given; then goes away.
+
+    A site that was not called though the module that holds it was is bypassed: that raises. Where its holder was not called
+    either, the model left out a part (the encoder, which `generate` runs by itself; an expert without tokens; a dropped layer;
+    a tower without an input): no fault, and a warning if nothing has ever called the site.
+    """
 
     def __init__(self, store: Store, member: Member) -> None:
         self.member = member
-        self.since = counts(store, member)
+        self.attached = counts(store, member)
+        self.since = dict(self.attached)
         self.open = {True, False}
+        self.entries: Entries | None = None
 
     def before_forward(self, store: Store) -> None:
-        if store.model.training in self.open:
+        if self.entries is not None:  # the pass before raised
+            self.entries.close()
+            self.entries = None
+        if store.model.training in self.open and self.member.name in store.active:
             self.since = counts(store, self.member)
+            self.entries = Entries(store, self.member)
 
     def after_forward(self, store: Store) -> None:
-        mode = store.model.training
-        if mode not in self.open or self.member.name not in store.active:
+        if self.entries is None:
             return
-        self.open.discard(mode)
+        left_out, self.entries = self.entries.close(), None
+        self.open.discard(store.model.training)
         if not self.open:
             store.watchers.remove(self)
-        _require_calls(store, self.member, self.since)
+        _require_calls(store, self.member, self.since, left_out)
+        left_out -= {path for path in left_out if _in_compiled(store.model, path)}  # nothing counts calls there
+        never = [key for key in silent_sites(store, self.member, self.attached) if self._module(key) in left_out]
+        if never:
+            warnings.warn(
+                f"{len(never)} site(s) were not called so far, since the model left out the part that holds them (an expert "
+                f"without tokens, a tower without an input, a dropped layer): {', '.join(never[:5])}"
+                f"{' ...' if len(never) > 5 else ''}. Those that training never reaches are named at its end",
+                stacklevel=2,
+            )
+
+    def _module(self, key: str) -> str:
+        return self.member.slots[key].site.module
 
 
 def probe(
@@ -171,10 +244,13 @@ def probe(
             loss(model, batch) if loss is not None else call_model(model, batch)
         _require_calls(store, member, since)
         model.train()
-        since = counts(store, member)
-        without = _without_gradient(store, member, model, batch, loss)
-        idle = _require_calls(store, member, since)
-        without = [key for key in without if key not in idle]
+        since, entries = counts(store, member), Entries(store, member)
+        try:
+            without = _without_gradient(store, member, model, batch, loss)
+        finally:
+            left_out = entries.close()  # by chance (LayerDrop): the pass before has called them
+        idle = _require_calls(store, member, since, left_out)
+        without = [key for key in without if key not in idle and member.slots[key].site.module not in left_out]
     if without and not automatic:
         raise InactiveError(
             f"no gradient reaches {', '.join(without)}: the loss does not depend on these sites; leave them out of targets"

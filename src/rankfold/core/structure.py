@@ -178,20 +178,16 @@ class Structure(Options):
         return self
 
     def at_rank(self, rank: int, alpha: float | None = None) -> Structure:
-        """The same structure at another rank with its scale kept: alpha follows as rank^power, unless it is given."""
-        known = {f.name for f in dataclasses.fields(self)}
-        if "rank" not in known:
+        """The same structure at another rank.
+
+        Raises:
+            CompositionError: it has no rank, or no alpha where one is given.
+        """
+        if not hasattr(self, "rank"):
             raise CompositionError(f"{type(self).__name__} has no rank that could be redistributed")
-        changes: dict[str, Any] = {"rank": rank}
-        this: Any = self
-        old, old_rank = getattr(this, "alpha", None), this.rank
         if alpha is not None:
-            changes["alpha"] = alpha
-        elif rank == old_rank:
-            return self
-        elif old is not None:
-            changes["alpha"] = self.scale * rank ** getattr(self, "power", 1.0) if rank else old
-        return dataclasses.replace(self, **changes)
+            raise CompositionError(f"{type(self).__name__} has no alpha")
+        return self if rank == self.rank else dataclasses.replace(self, rank=rank)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, kw_only=True)

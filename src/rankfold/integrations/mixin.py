@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
-from rankfold.adapters.atomic import write_text
 from rankfold.adapters.native import JSON, TENSORS
+from rankfold.atomic import write_text
 from rankfold.core.sharding import is_sharded
 from rankfold.errors import FileError, LayoutError
 from rankfold.training.adaptation import Adaptation, Attached

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rankfold.adapters.adapter import Adapter
 from rankfold.adapters.algebra import join_rows
-from rankfold.adapters.atomic import recover_folder
 from rankfold.adapters.files import read_header
 from rankfold.adapters.fingerprint import Fingerprint, compare
 from rankfold.adapters.formats import gguf, kohya, peft, serving
 from rankfold.adapters.formats.torchtune import is_torchtune
 from rankfold.adapters.native import JSON, NativeAdapter, SiteRecord
 from rankfold.adapters.rows import split_rows
+from rankfold.atomic import recover_folder
 from rankfold.core.attaching import specs_of
 from rankfold.core.site import Site
 from rankfold.core.store import store_of

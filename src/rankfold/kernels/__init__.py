@@ -2,6 +2,6 @@
 
 from .lowrank import lowrank_linear
 from .magnitude import magnitude_linear, row_norms
-from .paths import path_for
+from .paths import has_path, path_for
 
-__all__ = ["lowrank_linear", "magnitude_linear", "path_for", "row_norms"]
+__all__ = ["has_path", "lowrank_linear", "magnitude_linear", "path_for", "row_norms"]

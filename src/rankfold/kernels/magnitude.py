@@ -18,7 +18,7 @@ from rankfold.errors import LayoutError
 from .lowrank import Drop, combine, gradients, stack_factors
 from .once import once
 
-__all__ = ["amplify", "apply_gain", "combine", "flagged", "gradients", "magnitude_linear", "pull_gain", "row_norms"]
+__all__ = ["amplify", "apply_gain", "combine", "flagged", "gradients", "magnitude_linear", "pull_gain", "pull_magnitude", "row_norms"]
 
 VANISHED = 1e-6
 CANCELLED = 1e-4
@@ -121,15 +121,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         x, h, y, bias, m, norm, B, A, B0, A0 = _saved(ctx)
         g = gy.reshape(-1, gy.shape[-1])
         gu, total = ctx.path.pull_gain(g, m / norm, None if y is None else y.reshape(g.shape), bias)
-        gm = None
-        if total is not None:
-            gm = total / m
-            vanished = m.abs() < VANISHED * norm
-            rows = flagged(vanished)
-            if len(rows):
-                mend(gm, vanished, rows, _recomputed(ctx, rows, g, x, h, norm, B, A, B0, A0))
-                vanished[rows] = False
-                gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
+        gm = None if total is None else pull_magnitude(ctx, total, g, x, h, m, norm, B, A, B0, A0)
         gx = ctx.base.rmatmul(gu) if ctx.needs_input_grad[0] else None
         gB = gA = None
         if B is not None:
@@ -157,6 +149,18 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             "the gradient of a magnitude reads the layer's output, which what follows it has changed in place (as "
             "ReLU(inplace=True) does): set inplace=False there, or choose plan='structured'"
         ) from error
+
+
+def pull_magnitude(run: Any, total: Tensor, g: Tensor, x: Any, h: Any, m: Tensor, norm: Tensor, B, A, B0, A0) -> Tensor:
+    """∂m from total = Σ_t g ⊙ (y − bias) and, where a gain vanished, from x; `run` has base, path, scale and p_seed."""
+    gm = total / m
+    vanished = m.abs() < VANISHED * norm
+    rows = flagged(vanished)
+    if len(rows):
+        mend(gm, vanished, rows, _recomputed(run, rows, g, x, h, norm, B, A, B0, A0))
+        vanished[rows] = False
+        gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
+    return gm
 
 
 def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, h: Any, norm: Tensor, B, A, B0, A0) -> Tensor:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WIDTH", "Segments", "add_gathered", "add_one", "add_segments", "looped", "split"]
+__all__ = ["WIDTH", "Block", "Segments", "add_gathered", "add_one", "add_segments", "gathered", "looped", "split"]
 
 WIDTH = 8
 """Ranks in a block. 4 reads a little less where ranks are mixed, 16 makes fewer products; 8 was fastest at ranks 4, 8, 16."""
+
+Block = tuple[int, int]
+"""An adapter's number, and which WIDTH of its ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,56 +27,76 @@ class Segments:
     """How a batch falls into n blocks of c rows and WIDTH ranks.
 
     Args:
-        slots: [n], the adapter of each block.
-        parts: [n], which WIDTH of its ranks.
+        blocks: [n], the adapter and the ranks of each block.
         rows: [n·c], rows of the batch, block after block; the last block of a segment repeats its first row.
         full: [n, c, 1], 0 where a row is such a repetition; None where there is none.
         straight: whether block k is row k and nothing else, so that no row need be moved.
     """
 
-    slots: Tensor
-    parts: Tensor
+    blocks: list[Block]
     rows: Tensor
     full: Tensor | None
     straight: bool
 
-    def of(self, factor: Tensor) -> Tensor:
-        """The blocks' own part of A [slots, r, in] or B [slots, r, out], r a multiple of WIDTH: a copy [n, WIDTH, in or out]."""
-        return factor.unflatten(1, (-1, WIDTH))[self.slots, self.parts]
 
+def split(
+    adapters: Sequence[int], ranks: Sequence[int], device: torch.device | str = "cpu", standing: Sequence[Block] = ()
+) -> Segments:
+    """The blocks of a batch whose row n uses `adapters[n]` of rank `ranks[n]`; rank 0 (the base) gets none.
 
-def split(slots: Sequence[int], ranks: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-    """The blocks of a batch whose row n uses adapter `slots[n]` of rank `ranks[n]`; rank 0 (the base) gets none.
+    A block that `standing` holds keeps its position, if that is below their number: whoever holds copies of the factors by
+    position replaces those of the other blocks alone.
 
     >>> cut = split([5, 7, 5, 0], [8, 12, 8, 0])                    # rows 0 and 2 together; row 1 in two blocks of 8 ranks
-    >>> cut.slots.tolist(), cut.parts.tolist(), cut.rows.tolist()
-    ([5, 7, 7], [0, 0, 1], [0, 2, 1, 1, 1, 1])
+    >>> cut.blocks, cut.rows.tolist()
+    ([(5, 0), (7, 0), (7, 1)], [0, 2, 1, 1, 1, 1])
     >>> cut.full.squeeze(-1).tolist()
     [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    >>> split([9, 7, 9, 0], [8, 12, 8, 0], standing=cut.blocks).blocks
+    [(9, 0), (7, 0), (7, 1)]
     """
     members: dict[int, list[int]] = {}
     rank_of = {}
-    for row, (slot, rank) in enumerate(zip(slots, ranks)):
+    for row, (adapter, rank) in enumerate(zip(adapters, ranks)):
         if rank:
-            members.setdefault(slot, []).append(row)
-            rank_of[slot] = rank
+            members.setdefault(adapter, []).append(row)
+            rank_of[adapter] = rank
     height = -(-sum(map(len, members.values())) // max(1, len(members)))  # the mean: at most twice as many blocks as adapters
-    blocks: list[tuple[int, int]] = []
-    rows: list[int] = []
-    full: list[float] = []
-    for slot, own in members.items():
+    found: list[tuple[Block, list[int], int]] = []
+    for adapter, own in members.items():
         for start in range(0, len(own), height):
             here = own[start : start + height]
             missing = height - len(here)
-            for part in range(-(-rank_of[slot] // WIDTH)):
-                blocks.append((slot, part))
-                rows += here + here[:1] * missing
-                full += [1.0] * len(here) + [0.0] * missing
-    index = torch.tensor(blocks, dtype=torch.long, device=device).reshape(-1, 2)
+            for part in range(-(-rank_of[adapter] // WIDTH)):
+                found.append(((adapter, part), here + here[:1] * missing, missing))
+    found = _in_place(found, standing)
+    rows = [row for _, own, _ in found for row in own]
+    full = [float(k < height - missing) for _, _, missing in found for k in range(height)]
     mask = torch.tensor(full, device=device).reshape(-1, height, 1) if 0.0 in full else None
     return Segments(
-        index[:, 0], index[:, 1], torch.tensor(rows, dtype=torch.long, device=device), mask, rows == list(range(len(slots)))
+        [block for block, _, _ in found],
+        torch.tensor(rows, dtype=torch.long, device=device),
+        mask,
+        rows == list(range(len(adapters))),
     )
+
+
+def _in_place(
+    found: list[tuple[Block, list[int], int]], standing: Sequence[Block]
+) -> list[tuple[Block, list[int], int]]:
+    """The blocks in another order: those that stand keep their position, the others fill up."""
+    places: dict[Block, list[int]] = {}
+    for position in range(min(len(found), len(standing)) - 1, -1, -1):
+        places.setdefault(standing[position], []).append(position)
+    at: dict[int, tuple[Block, list[int], int]] = {}
+    moved = []
+    for entry in found:
+        if positions := places.get(entry[0]):
+            at[positions.pop()] = entry
+        else:
+            moved.append(entry)
+    others = iter(moved)
+    return [at[k] if k in at else next(others) for k in range(len(found))]
 
 
 def looped(x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Tensor:
@@ -105,15 +128,25 @@ def add_gathered(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return y.add_(torch.bmm(h, B).to(y.dtype))
 
 
+def gathered(x: Tensor, A: Tensor, B: Tensor, index: Tensor, parts: int) -> Tensor:
+    """(x_n A_iᵀ) B_i [rows, tokens, out] for x [rows, tokens, in] and the slot i of each row.
+
+    Args:
+        A, B: [slots·parts, k, in] and [slots·parts, k, out]: rank r of slot i stands in row i·parts + r // k.
+    """
+    own = index[:, None] * parts + torch.arange(parts, device=index.device)  # [rows, parts]
+    return torch.bmm(torch.bmm(x, A[own].flatten(1, 2).mT), B[own].flatten(1, 2))
+
+
 def add_segments(y: Tensor, h: Tensor, B: Tensor, cut: Segments) -> Tensor:
     """y [rows, tokens, out] += the blocks' h [n, c·tokens, WIDTH] B [n, WIDTH, out], each block into its rows; in place.
 
     >>> x, A, B = torch.randn(3, 2, 5), torch.randn(4, 8, 5), torch.randn(4, 8, 7)
-    >>> slots = [3, 0, 3]
-    >>> cut = split(slots, [8, 8, 8])
-    >>> h = torch.bmm(x[cut.rows].view(-1, 4, 5), cut.of(A).mT)    # 2 blocks, each 2 rows of 2 tokens
-    >>> y = add_segments(torch.zeros(3, 2, 7), h, cut.of(B), cut)
-    >>> torch.allclose(y, looped(x, A, B, torch.tensor(slots)), atol=1e-5)
+    >>> cut = split([3, 0, 3], [8, 8, 8])
+    >>> own = [adapter for adapter, _ in cut.blocks]
+    >>> h = torch.bmm(x[cut.rows].view(-1, 4, 5), A[own].mT)       # 2 blocks, each 2 rows of 2 tokens
+    >>> y = add_segments(torch.zeros(3, 2, 7), h, B[own], cut)
+    >>> torch.allclose(y, looped(x, A, B, torch.tensor([3, 0, 3])), atol=1e-5)
     True
     """
     if cut.straight:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_text
+from rankfold.atomic import write_text
+
 from .palette import css_variables
 from .svg import NARROW, SANS, WIDE, Plot
 from .tables import Column, cells, html_table
@@ -154,7 +155,8 @@ class Report:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes the page in one piece: on an error or a kill the former file is still whole."""
-        return write_text(path, self.html())
+        write_text(path, self.html())
+        return Path(path)
 
 
 def _inline(text: str) -> "Markup":

@@ -15,7 +15,8 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_text
+from rankfold.atomic import write_text
+
 from .palette import css_variables, placeholder, role_of_placeholder
 from .values import clean
 
@@ -47,7 +48,8 @@ class Plot:
         )
         head, body = (self.wide or f'<svg viewBox="0 0 {WIDE} 40" width="{WIDE}"></svg>').split(">", 1)
         title = f"<title>{escape(self.alt)}</title>"
-        return write_text(path, f'{head} xmlns="http://www.w3.org/2000/svg">{title}{style}{body}\n')
+        write_text(path, f'{head} xmlns="http://www.w3.org/2000/svg">{title}{style}{body}\n')
+        return Path(path)
 
 
 def render(draw: Callable[[int], "Figure"], alt: str) -> Plot:

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 ADAPTER = "adapter"
+PARTS = ("optimizer", "engine", "best", "history")
 VERSION = 1
 _STATE = Schema("the state of a run", required={"step": int, "identity": dict, "tree": dict}, version=VERSION)
 
@@ -56,6 +57,7 @@ class RunState:
         engine: the policy's state_dict.
         best: {"step", "value", "tensors"} of the best evaluation so far, or nothing.
         history: as the loop keeps it.
+        scaler: of the loss in float16; empty where there is none.
     """
 
     step: int
@@ -64,6 +66,7 @@ class RunState:
     engine: dict[str, Any]
     best: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -148,7 +151,7 @@ def save_checkpoint(
     if not write:
         return Path(folder)
     tensors: dict[str, Tensor] = {}
-    tree = flatten({"optimizer": state.optimizer, "engine": state.engine, "best": state.best, "history": state.history}, tensors)
+    tree = flatten({part: getattr(state, part) for part in (*PARTS, "scaler")}, tensors)
     with atomic_folder(folder) as writing:
         save_native(writing / ADAPTER, record)
         write_tensors(writing / "state.safetensors", tensors, finite=False)  # a moment may be Inf without harm
@@ -168,7 +171,7 @@ def load_checkpoint(folder: str | Path) -> RunState:
     document = read_json(folder / "state.json", _STATE)
     tree = unflatten(document["tree"], read_tensors(folder / "state.safetensors", finite=False))
     known = tree if isinstance(tree, dict) else {}
-    parts: dict[str, Any] = {part: known.get(part) for part in ("optimizer", "engine", "best", "history")}
+    parts: dict[str, Any] = {part: known.get(part) for part in PARTS} | {"scaler": known.get("scaler", {})}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{folder}: the state of a run is damaged: parts are missing")
     return RunState(document["step"], document["identity"], **parts)

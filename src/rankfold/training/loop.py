@@ -12,23 +12,16 @@ from __future__ import annotations
 import math
 import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from rankfold.core.options import Options
 from rankfold.core.sharding import is_sharded
 from rankfold.errors import FileError, InactiveError, LayoutError, NumericError, OptionError
 from rankfold.linalg.random import Random
@@ -38,94 +31,19 @@ from .adaptation import Adaptation
 from .batches import Source, as_source, to_device
 from .bucket import Bucket
 from .checkpoints import RunState, has_checkpoint, load_checkpoint, restore, save_checkpoint
+from .evaluation import Evaluation, Evaluations
 from .finding import first_bad_place
+from .interruption import Interrupted, Signals
 from .machine import mark_memory, peak_memory
 from .prints import fingerprint
 from .processes import leave_at_exit, process_count, require_same
 from .progress import Progress
 from .schedules import rate_factor
+from .settings import History, LoopSettings
 
 __all__ = ["History", "Interrupted", "LoopSettings", "train"]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
-Evaluation = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings(Options):
-    """How long, how fast, how carefully.
-
-    Args:
-        lr, weight_decay: of the method's update; a method may give some tensors a multiple of lr.
-        epochs: passes over the data; parts of one are fine.
-        max_steps: at most so many steps, whatever `epochs` says.
-        grad_accum: batches of one step; their gradients are joined as those of one large batch.
-        clip: largest norm of the gradient over all tensors; 0 is no limit.
-        schedule, warmup: see `rate_factor`.
-        bf16: compute under autocast in bfloat16; what trains stays as it is.
-        gradient_checkpointing: recompute activations in the backward pass, in the form that never loses gradients.
-        evaluations: so many over the run, evenly; 0 is one an epoch. The last step is always followed by one.
-        evaluate_first: evaluate before the first step too.
-        metric, better: the figure of `evaluate` by which the best state is known, and its direction.
-        keep_best: end with the state of the best evaluation.
-        patience: stop after so many evaluations without a new best; None is never.
-        seed: of the order of the data and of every draw within a step.
-        folder: where checkpoints go; None is nowhere.
-        checkpoint_minutes: between checkpoints; 0 is only when interrupted.
-        resume: go on from the checkpoint in `folder`, where there is one.
-        progress: show a bar.
-    """
-
-    lr: Annotated[float, Gt(0)] = 1e-3
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    epochs: Annotated[float, Gt(0)] = 1.0
-    max_steps: Annotated[int, Ge(1)] | None = None
-    grad_accum: Annotated[int, Ge(1)] = 1
-    clip: Annotated[float, Ge(0)] = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    evaluations: Annotated[int, Ge(0)] = 0
-    evaluate_first: bool = True
-    metric: str = "loss"
-    better: Literal["higher", "lower"] = "lower"
-    keep_best: bool = True
-    patience: Annotated[int, Ge(1)] | None = None
-    seed: Annotated[int, Ge(0)] = 0
-    folder: Path | None = None
-    checkpoint_minutes: Annotated[float, Ge(0)] = 10.0
-    resume: bool = False
-    progress: bool = True
-
-
-@dataclass
-class History:
-    """What a run did.
-
-    Attributes:
-        steps: one record a step: step (from 1), epoch, loss, lr, norm (of the gradient before clipping).
-        evaluations: one record each: step, and the figures of `evaluate`.
-        total: steps that were planned; stopped: "finished" or "early".
-        best_step: of the evaluation whose state the run ended with; None where there was none.
-        seconds: of training and evaluation, over all parts of a resumed run; evaluation_seconds: of that, evaluation.
-        peak_memory: in bytes.
-        changes: what the method's policy did: {"ranks": [(step, {site: rank})], "touched": {kind of edit: tensors}}.
-    """
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    total: int = 0
-    stopped: str = "finished"
-    best_step: int | None = None
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    peak_memory: int = 0
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def losses(self) -> list[float]:
-        return [record["loss"] for record in self.steps]
 
 
 def _refuse_foreign_sharding(kind: str) -> None:
@@ -135,10 +53,6 @@ def _refuse_foreign_sharding(kind: str) -> None:
             f"accelerate is set to {kind}, which this loop doesn't use. Start with torchrun, or accelerate without it. To cut "
             f"the base over processes call rf.shard(model): torch's FSDP2"
         )
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a request to end: the run was saved first; the message says where, and how to go on."""
 
 
 def train(
@@ -184,7 +98,7 @@ def train(
     settings = settings or LoopSettings()
     run = _Run(model, adaptation, as_source(batches, settings.seed), loss, settings, evaluate, weigh, identity, name)
     mode = model.training
-    with run.prepared(), _Signals() as signals, Progress("train", run.total, run.settings.progress) as bar:
+    with run.prepared(), Signals() as signals, Progress("train", run.total, run.settings.progress) as bar:
         try:
             run.begin()
             while run.step < run.total and run.history.stopped != "early":
@@ -192,7 +106,7 @@ def train(
                 bar.at(run.step, f"loss {record['loss']:.4g}")
                 if on_step is not None:
                     on_step(record)
-                if run.evaluation_is_due():
+                if run.evaluations.due(run.step, run.total, run.epoch_steps):
                     run.evaluate()
                 asked, due = run.agreed(signals.asked, run.checkpoint_is_due())
                 if asked:
@@ -222,7 +136,8 @@ class _Run:
     ) -> None:
         self.said = dict(identity or {})
         self.model, self.adaptation, self.source, self.settings, self.name = model, adaptation, source, settings, name
-        self.loss_function, self.evaluation, self.weigh = loss, evaluate, weigh or (lambda batch: 1.0)
+        self.loss_function, self.weigh = loss, weigh or (lambda batch: 1.0)
+        self.evaluations = Evaluations(evaluate, settings, adaptation, name)
         self.attached = adaptation._get(name)
         self.device = adaptation.parameters(name)[0].device if adaptation.parameters(name) else torch.device("cpu")
         # several processes on processors must be asked for; alone, the state that all Accelerators share stays as it is
@@ -241,7 +156,7 @@ class _Run:
         planned = max(1, math.ceil(settings.epochs * self.epoch_steps))
         self.total = min(planned, settings.max_steps or planned)
         self.step = 0
-        self.best: dict[str, Any] = {}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.fp16)
         self.history = History(total=self.total)
         self.began = self.saved_at = time.monotonic()
 
@@ -280,7 +195,7 @@ class _Run:
             Bucket(list(self.adaptation.tensors(self.name).values())).broadcast()
         if saved is not None:
             self._take_over(saved)
-        elif self.evaluation is not None and s.evaluate_first:
+        elif self.evaluations.function is not None and s.evaluate_first:
             self.evaluate(counts=False)
         self.first_step, self.start = self.step, [(p, p._version) for p in self._parameters()]
 
@@ -289,10 +204,10 @@ class _Run:
         self.engine.check()
         if self.step > self.first_step and all(p._version == version for p, version in self.start):
             raise InactiveError(f"{self.step} steps moved no tensor of adapter {self.attached.member.name!r}")
-        if self.evaluation is not None and self.history.evaluations[-1:] and self.history.evaluations[-1]["step"] != self.step:
+        seen = self.history.evaluations[-1:]
+        if self.evaluations.function is not None and seen and seen[0]["step"] != self.step:
             self.evaluate()
-        if self.best and self.settings.keep_best:
-            self._put_back_best()
+        self.evaluations.put_back_best(self.history, self.step)
         self.engine.finalise(self.optimizer)
         self._clock()
         self.history.changes = {"ranks": self.engine.history, "touched": self.engine.touched}
@@ -309,29 +224,22 @@ class _Run:
         self.model.train()
         self.optimizer.zero_grad()
         self.engine.run("before_forward", t, self.total, self.optimizer)
-        mean = 0.0
-        for k, (batch, weight) in enumerate(zip(batches, weights)):
-            self._seed(k)
-            share = weight / whole * self.accelerator.num_processes
-            value = self.loss(batch, self.model) * share
-            if not torch.isfinite(value) and self.accelerator.num_processes == 1:  # several agree on it by the gradient
-                raise self._not_finite("loss", float(value.detach()), batch, k)
-            if value.requires_grad:
-                self.accelerator.backward(value)
-            mean += float(value.detach())
-        if self.accelerator.num_processes > 1:
-            self.adaptation.bucket(self.name).all_reduce()
-        norm = float(torch.nn.utils.get_total_norm(self._gradients()))
-        if not math.isfinite(norm):  # before the policy looks at the gradients: its memory stays clean
-            raise self._not_finite("gradient", norm, batch, len(batches) - 1)
+        mean, norm = self._gradients(batches, weights, whole)
+        while not math.isfinite(norm):  # before the policy looks at the gradients: its memory stays clean
+            if self.scaler.get_scale() <= 1 or not s.fp16:
+                raise self._not_finite("gradient", norm, batches[-1], len(batches) - 1)
+            self.scaler.update()
+            self.history.repeats += 1
+            mean, norm = self._gradients(batches, weights, whole)
         self.engine.run("after_backward", t, self.total, self.optimizer)
         if s.clip:
-            self.accelerator.clip_grad_norm_(self._parameters(), s.clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), s.clip)
         self.engine.run("after_clip", t, self.total, self.optimizer)
         factor = rate_factor(self.step, self.total, s.schedule, s.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.step()  # the engine's hooks are around it: after_step, between_steps, the next before_forward
+        self.scaler.update()
         self.step = t
         record = {
             "step": t,
@@ -343,6 +251,24 @@ class _Run:
         self.history.steps.append(record)
         return record
 
+    def _gradients(self, batches: list[Any], weights: list[float], whole: float) -> tuple[float, float]:
+        """Forward and backward over the step's batches: (this process's share of the loss, norm of all gradients)."""
+        self.optimizer.zero_grad()
+        mean = 0.0
+        for k, (batch, weight) in enumerate(zip(batches, weights)):
+            self._seed(k)
+            share = weight / whole * self.accelerator.num_processes
+            value = self.loss(batch, self.model) * share
+            if not torch.isfinite(value) and self.accelerator.num_processes == 1:  # several agree on it by the gradient
+                raise self._not_finite("loss", float(value.detach()), batch, k)
+            if value.requires_grad:
+                self.scaler.scale(value).backward()
+            mean += float(value.detach())
+        if self.accelerator.num_processes > 1:
+            self.adaptation.bucket(self.name).all_reduce()
+        self.scaler.unscale_(self.optimizer)
+        return mean, float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None]))
+
     def loss(self, batch: Any, model: nn.Module) -> Tensor:
         """The user's loss and the method's own terms."""
         with self._autocast():
@@ -352,7 +278,8 @@ class _Run:
         return value
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
+        dtype = torch.bfloat16 if self.settings.bf16 else torch.float16 if self.settings.fp16 else None
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _places(self) -> tuple[int, list[int]]:
         """(epoch, places of this process's batches) of the coming step."""
@@ -363,14 +290,12 @@ class _Run:
         return epoch, mine or places[-1:]  # every process takes part in every step
 
     def _seed(self, k: int) -> None:
-        """Draws of batch k of this step depend on (seed, step, k) alone."""
-        seed = Random(self.settings.seed, "step", self.step, k, self.accelerator.process_index).randint(0, 2**31)
+        """Draws for a batch depend on (seed, step, its place in the step) alone, whichever process runs it."""
+        place = self.accelerator.process_index + k * self.accelerator.num_processes
+        seed = Random(self.settings.seed, "step", self.step, place, 0).randint(0, 2**31)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters() if p.grad is not None]
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]  # edits may have replaced some
@@ -380,54 +305,11 @@ class _Run:
             return value
         return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
-    # evaluation
-
-    def evaluation_is_due(self) -> bool:
-        """After every epoch, or evenly over the run; after the last step always."""
-        if self.evaluation is None:
-            return False
-        count = self.settings.evaluations
-        if self.step == self.total:
-            return True
-        if count == 0:
-            return self.step % self.epoch_steps == 0
-        return self.step * count // self.total > (self.step - 1) * count // self.total
-
     def evaluate(self, counts: bool = True) -> None:
-        """Evaluate; keep the state if it is the best; say so if patience is at its end."""
-        assert self.evaluation is not None
-        began = time.monotonic()
-        self.model.eval()
-        with torch.no_grad(), self._autocast():
-            figures = self.evaluation(self.model)
-        self.history.evaluation_seconds += time.monotonic() - began
-        self.history.evaluations.append({"step": self.step, **figures})
-        if not counts:
-            return
-        s = self.settings
-        if s.metric not in figures:
-            raise OptionError(f"metric {s.metric!r}: evaluate gives {', '.join(figures)}")
-        value = figures[s.metric]
-        sign = 1 if s.better == "higher" else -1
-        shapes = self.engine.history[-1][1]
-        fits = self.best and self.best["ranks"] == shapes  # a state of other ranks can't be put back into these tensors
-        if math.isfinite(value) and (not fits or sign * value > sign * self.best["value"]):
-            tensors = {k: t.detach().clone() for k, t in self.adaptation.tensors(self.name).items()} if s.keep_best else {}
-            self.best = {"step": self.step, "value": value, "tensors": tensors, "ranks": dict(shapes)}
-        since = [e for e in self.history.evaluations if self.best and e["step"] > self.best["step"]]
-        if s.patience is not None and len(since) >= s.patience:
+        """Evaluate, and stop where patience is at its end."""
+        self.evaluations.run(self.history, self.step, self._autocast(), counts)
+        if self.evaluations.enough:
             self.history.stopped = "early"
-
-    def _put_back_best(self) -> None:
-        if self.best["ranks"] != self.engine.history[-1][1]:
-            return
-        self.history.best_step = self.best["step"]
-        if self.best["step"] == self.step:
-            return
-        with torch.no_grad():
-            for key, value in self.best["tensors"].items():
-                self.adaptation.store.tensor(key).copy_(value)
-        self.engine.moved = True  # it was us
 
     # files
 
@@ -449,8 +331,9 @@ class _Run:
         assert folder is not None
         self._clock()
         state = RunState(
-            self.step, self._identity(), self.optimizer.state_dict(), self.engine.state_dict(), self.best, vars(self.history)
-        )
+            self.step, self._identity(), self.optimizer.state_dict(), self.engine.state_dict(), self.evaluations.best,
+            vars(self.history), self.scaler.state_dict(),
+        )  # fmt: skip
         save_checkpoint(folder, self.adaptation, state, self.name, write=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()  # whoever goes on from it finds it whole
         self.saved_at = time.monotonic()
@@ -472,8 +355,7 @@ class _Run:
             **self.said,
             "seed": s.seed,
             "batches": len(self.source),
-            "grad_accum": s.grad_accum,
-            "processes": self.accelerator.num_processes,
+            "batches_per_step": s.grad_accum * self.accelerator.num_processes,  # of two processes, or of one that accumulates
         }
 
     def _check_identity(self, saved: RunState) -> None:
@@ -494,7 +376,8 @@ class _Run:
             {**old, **{k: new[k] for k in kept if k in new}} for old, new in zip(state["param_groups"], fresh)
         ]
         self.optimizer.load_state_dict(state)
-        self.step, self.best = saved.step, saved.best
+        self.step, self.evaluations.best = saved.step, saved.best
+        self.scaler.load_state_dict(saved.scaler or self.scaler.state_dict())
         if not saved.history.keys() <= vars(self.history).keys():
             raise FileError(
                 f"the saved run's history has unknown parts: {sorted(saved.history.keys() - vars(self.history).keys())}"
@@ -516,29 +399,3 @@ class _Run:
             self.checkpoint()
             text += f"\n  the state before that step is saved in {self.settings.folder}: --resume goes on from there"
         return NumericError(f"{text}\n  often cured by a lower learning rate (now {self.settings.lr:g}), clipping, or float32")
-
-
-class _Signals:
-    """Within the block, the first Ctrl-C (or a polite request to end) only notes the wish; the second works as ever."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._back()
-
-    def _back(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def __exit__(self, *error: object) -> None:
-        self._back()

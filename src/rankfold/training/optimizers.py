@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .contracts import Trainable
 
-__all__ = ["DeviationAdamW", "decays", "groups"]
+__all__ = ["DeviationAdamW", "decays", "deviation_adamw", "groups"]
 
 
 class DeviationAdamW(torch.optim.AdamW):
@@ -54,6 +54,11 @@ def _unhooked(step: Callable) -> Callable:
     """A parent's `step` without the step hooks: torch wraps it in them once it has made an instance of the parent itself, and the
     hooks of this optimizer, which run around its own `step`, would run a second time."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def deviation_adamw(tensors: Sequence[Trainable], grouped: list[dict[str, Any]], lr: float, **options: Any) -> DeviationAdamW:
+    """`DeviationAdamW` over groups of these tensors, each with the start that it has."""
+    return DeviationAdamW(grouped, {t.param: t.start for t in tensors if t.start is not None}, lr=lr, **options)
 
 
 def decays(t: Trainable) -> bool:

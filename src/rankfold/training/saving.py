@@ -30,8 +30,9 @@ from rankfold.core.targets import every_site
 from rankfold.errors import CompositionError, FileError, FingerprintError, OptionError, RankfoldError, nearest
 from rankfold.linalg import Deviation, LowRank, Magnitude, Operator, Sum, difference, simplify
 
-from .adaptation import Adaptation, Attached, OwnUpdate, member_store
+from .adaptation import Adaptation, Attached, member_store
 from .method import method
+from .own_update import OwnUpdate
 from .prints import fingerprint
 from .processes import is_first
 

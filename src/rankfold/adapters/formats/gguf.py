@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rankfold.atomic import atomic_file
 from rankfold.errors import CompositionError, OptionError, nearest
 
 from ..adapter import Adapter, Entry
 from ..algebra import join_rows
-from ..atomic import atomic_file
 from .rotary import Heads, pairs_of_halves
 
 __all__ = ["ARCHITECTURES", "write_gguf"]

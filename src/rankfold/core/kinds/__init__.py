@@ -7,11 +7,11 @@ from torch import nn
 from .convolution import Convolution, TransposedConvolution
 from .embedding import Embedding
 from .experts import Experts, TransposedExperts
-from .kind import Kind, held, weight_of
+from .kind import Kind, by_weight, held, weight_of
 from .linear import Linear, Transposed
 from .multihead import Multihead
 
-__all__ = ["ALL", "Kind", "held", "kind_named", "kind_of", "weight_of"]
+__all__ = ["ALL", "Kind", "by_weight", "held", "kind_named", "kind_of", "weight_of"]
 
 ALL: tuple[Kind, ...] = (
     Linear(),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..planner import Program
     from ..store import Slot
 
-__all__ = ["Keep", "Kind", "held", "weight_of"]
+__all__ = ["Keep", "Kind", "by_weight", "held", "weight_of"]
 
 Keep = Callable[[torch.Size], Tensor | None]
 
@@ -129,6 +129,14 @@ def held(module: nn.Module, site: Site) -> tuple[nn.Module, str]:
     """(the module whose parameter the site's weight is, its name there): the site's module, or a child that it reads."""
     child, _, leaf = site.param.rpartition(".")
     return (module.get_submodule(child) if child else module), leaf
+
+
+def by_weight(groups: Sequence[list[Slot]]) -> dict[str, list[list[Slot]]]:
+    """Slots by site, sorted by the full name of the stored weight that the sites stand for: one, or several row slices."""
+    found: dict[str, list[list[Slot]]] = {}
+    for group in groups:
+        found.setdefault(group[0].site.weight, []).append(group)
+    return found
 
 
 def weight_of(module: nn.Module, site: Site) -> Tensor:

@@ -18,7 +18,7 @@ from rankfold.kernels.once import once
 from rankfold.linalg import like
 
 from ..site import Site
-from .kind import Keep, Kind, held, weight_of
+from .kind import Keep, Kind, by_weight, held, weight_of
 from .linear import own_forward
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ class Multihead(Kind):
     ) -> Any:
         from ..host import swapped
 
-        by_weight: dict[str, list[list[Slot]]] = {}
-        for group in groups:
-            by_weight.setdefault(group[0].site.param, []).append(group)
-        changed = [(held(module, own[0][0].site), self._changed(host, module, own)) for own in by_weight.values()]
+        changed = [(held(module, own[0][0].site), self._changed(host, module, own)) for own in by_weight(groups).values()]
         with ExitStack() as stack:
             for (owner, leaf), W in changed:
                 stack.enter_context(swapped(owner, {leaf: W}))

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rankfold.adapters.atomic import atomic_file, write_text
 from rankfold.adapters.native import load_native
+from rankfold.atomic import atomic_file, write_text
 from rankfold.errors import DataError, OptionError, UnknownName
 from rankfold.jobs.data import Table, names, read
 from rankfold.jobs.exchange import folder_format, load

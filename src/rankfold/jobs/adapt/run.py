@@ -23,7 +23,8 @@ from rankfold.core.bases.quantise import quantise
 from rankfold.errors import FileError, OptionError
 from rankfold.jobs.data import Table
 from rankfold.jobs.models import Loaded, load_model
-from rankfold.training.adaptation import Adaptation, adapt
+from rankfold.training.adaptation import Adaptation
+from rankfold.training.adapting import adapt
 from rankfold.training.batches import Batches, to_device
 from rankfold.training.checkpoints import ADAPTER, has_checkpoint
 from rankfold.training.loop import History, LoopSettings, train

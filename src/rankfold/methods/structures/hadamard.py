@@ -10,13 +10,13 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 
 from rankfold import linalg
-from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, kaiming, register
 from rankfold.linalg import LowRank, Operator
 
 
 @register("structure", "hadamard", paper="hyeonwoo2021fedpara", aliases=("loha",))
 @dataclass(frozen=True, kw_only=True)
-class Hadamard(Structure):
+class Hadamard(ScaledStructure):
     """ΔW = s·(B1 A1) ∘ (B2 A2), with B: [out, rank], A: [rank, in] and s = alpha / rank**power; rank(ΔW) reaches rank².
 
     Starts at W: A2 is zero, the others are drawn (as in peft), so the first gradient reaches A2 alone.
@@ -46,7 +46,3 @@ class Hadamard(Structure):
 
     def delta(self, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return linalg.Hadamard(LowRank(t.B1, t.A1, scale=self.scale), LowRank(t.B2, t.A2))
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank**self.power

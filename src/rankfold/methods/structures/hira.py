@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, pair, register
 from rankfold.linalg import Hadamard, LowRank, Operator
 
 
 @register("structure", "hira", paper="huang2025hira")
 @dataclass(frozen=True, kw_only=True)
-class HiRA(Structure):
+class HiRA(ScaledStructure):
     """W' = W + W ∘ (s·B A), entry by entry, with B: [out, rank], A: [rank, in] and s = alpha / rank**power.
 
     rank(ΔW) can reach rank(W)·rank. Starts at W (B zero). An entry of W that is zero stays zero.
@@ -43,12 +43,7 @@ class HiRA(Structure):
     power: float = 1.0
 
     def tensors(self, site: Site) -> dict[str, Spec]:
-        out, in_ = site.shape
-        return {"B": Spec((out, self.rank), role="B"), "A": Spec((self.rank, in_), role="A")}
+        return pair(site, self.rank)
 
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return W + Hadamard(W, LowRank(t.B, t.A, scale=self.scale))
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank**self.power

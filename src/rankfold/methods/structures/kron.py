@@ -10,7 +10,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, kaiming, register
 from rankfold.linalg import Kronecker, Operator
 
 
@@ -29,7 +29,7 @@ def split(size: int, factor: int | None) -> tuple[int, int]:
 
 @register("structure", "kron", paper="yeh2023lycoris", aliases=("lokr",))
 @dataclass(frozen=True, kw_only=True)
-class Kron(Structure):
+class Kron(ScaledStructure):
     """ΔW = s·P ⊗ Q with P: [p, q], Q: [a, b], out = p·a, in = q·b, and s = alpha / rank**power. rank(ΔW) = rank(P)·rank(Q).
 
     Starts at W (P zero, Q drawn). Conventions are those of LyCORIS and peft: Q is a product Q1 Q2 of inner width `rank` where
@@ -71,7 +71,3 @@ class Kron(Structure):
 
     def fits(self, site: Site) -> str | None:
         return None
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank**self.power

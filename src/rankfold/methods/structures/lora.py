@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, pair, register
 from rankfold.linalg import LowRank, Operator
 
 
 @register("structure", "lora", paper="hu2021lora")
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Structure):
+class LoRA(ScaledStructure):
     """ΔW = s·B A, with B: [out, rank], A: [rank, in] and s = alpha / rank**power.
 
     The default start is ΔW = 0 (B zero, A drawn), so the first gradient reaches B alone.
@@ -39,12 +39,7 @@ class LoRA(Structure):
     power: float = 1.0
 
     def tensors(self, site: Site) -> dict[str, Spec]:
-        out, in_ = site.shape
-        return {"B": Spec((out, self.rank), role="B"), "A": Spec((self.rank, in_), role="A")}
+        return pair(site, self.rank)
 
     def delta(self, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return LowRank(t.B, t.A, scale=self.scale)
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank**self.power

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, kaiming, register
 from rankfold.errors import LayoutError
 from rankfold.linalg import Dense, Operator, Product, at_least_float32, like
 from rankfold.linalg.dropout import TokenGate
@@ -19,7 +19,7 @@ from rankfold.linalg.dropout import TokenGate
 
 @register("structure", "mixture")
 @dataclass(frozen=True, kw_only=True)
-class Mixture(Structure):
+class Mixture(ScaledStructure):
     """ΔW(x) = s·Σ_k α_k B_k A_k, with α = softmax(R x) per token, R: [experts, in]; s = alpha / rank**power.
 
     All experts run as one product of rank experts·rank whose components are scaled by α. Starts at W (every B_k zero) and with
@@ -67,7 +67,3 @@ class Mixture(Structure):
                 f"context.weights {tuple(given.shape)}: an input {tuple(x.shape)} needs ({x.shape[0]}, {self.experts})"
             )
         return given if given.ndim == 1 else given.reshape(x.shape[0], *(1,) * (x.ndim - 2), self.experts)
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank**self.power

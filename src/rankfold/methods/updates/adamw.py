@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankfold.core import register
 from rankfold.training.contracts import Trainable, Update
-from rankfold.training.optimizers import DeviationAdamW, groups
+from rankfold.training.optimizers import deviation_adamw, groups
 
 
 @register("update", "adamw", paper="loshchilov2019adamw")
@@ -38,6 +38,5 @@ class AdamW(Update):
     eps: Annotated[float, Gt(0)] = 1e-8
 
     def optimizer(self, tensors: Sequence[Trainable], lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:
-        starts = {t.param: t.start for t in tensors if t.start is not None}
         options = {"betas": (self.beta1, self.beta2), "eps": self.eps, **options}
-        return DeviationAdamW(groups(tensors, lr, weight_decay), starts, lr=lr, **options)
+        return deviation_adamw(tensors, groups(tensors, lr, weight_decay), lr, **options)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankfold.core import register
 from rankfold.training.contracts import Trainable, Update
-from rankfold.training.optimizers import DeviationAdamW, groups
+from rankfold.training.optimizers import deviation_adamw, groups
 
 
 @register("update", "loraplus", paper="hayou2024loraplus")
@@ -50,6 +50,5 @@ class LoRAPlus(Update):
             fast = t.role == ("A" if t.kind == "embedding" else "B") or (self.peft_groups and t.param.ndim == 1)
             return self.lr_ratio if fast else 1.0
 
-        starts = {t.param: t.start for t in tensors if t.start is not None}
         options = {"betas": (self.beta1, self.beta2), "eps": self.eps, **options}
-        return DeviationAdamW(groups(tensors, lr, weight_decay, rate), starts, lr=lr, **options)
+        return deviation_adamw(tensors, groups(tensors, lr, weight_decay, rate), lr, **options)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankfold.adapters.atomic import write_text
+from rankfold.atomic import write_text
 from rankfold.measure import holm
 from rankfold.report import Column, markdown_table
 

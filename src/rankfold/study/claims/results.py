@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rankfold.adapters.atomic import write_text
+from rankfold.atomic import write_text
 from rankfold.errors import FileError, UnknownName
 
 from .protocol import Claim, Outcome, judge
