@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -351,6 +352,44 @@ def test_a_list_that_nobody_runs_is_one(listed):
     rf.adapt(model, "lora", rank=2)
     with pytest.warns(UserWarning, match=rf"were not called so far.*{listed}\.1\.0"):
         model.train()(x)
+
+
+@pytest.mark.parametrize("method", ["eva", "lora-ga"])
+def test_an_expert_without_tokens_starts_without_data(method, tmp_path):
+    """A data-driven init has nothing to show it: it starts by the structure's own law, with one warning that names it."""
+    model, x = OldMixture(), torch.randn(8, 8)
+    model.used = [0, 2]
+    before = model(x)
+    batches = [x, x + 1.0]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        a = rf.adapt(model, method, rank=2, batches=batches, loss=lambda m, b: m(b).square().sum(), targets=["*experts*", "body"])
+    own = [str(w.message) for w in told if "start without data" in str(w.message)]
+    assert len(own) == 1
+    assert "1 site(s) of experts: experts.1.0" in own[0]
+    assert len(a.sites) == 4
+    torch.testing.assert_close(model(x), before)
+    tensors = {name.partition("/")[2]: t for name, t in a.tensors().items()}
+    assert (tensors["experts.1.0/B"] == 0).all()
+    assert 0 < tensors["experts.1.0/A"].abs().max() <= 8**-0.5  # LoRA's own start
+    model.used = [1]  # once a token comes it trains like the others
+    a.optimizer(lr=0.1).zero_grad()
+    model(x).square().sum().backward()
+    assert tensors["experts.1.0/B"].grad.abs().max() > 0
+    model.used = [0, 1, 2]
+    y = model(x)
+    again = OldMixture()
+    again.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("rankfold")})
+    again.used = [0, 1, 2]
+    rf.load(again, a.save(tmp_path / "a"))
+    assert torch.equal(again(x), y)
+
+
+def test_a_whole_list_of_experts_without_data_is_an_error():
+    model, x = OldMixture(), torch.randn(8, 8)
+    model.used = []
+    with pytest.raises(InactiveError, match=r"experts\.0\.0.*saw no input"):
+        rf.adapt(model, "eva", rank=2, batches=[x], loss=lambda m, b: m(b).square().sum())
 
 
 # gradient checkpointing

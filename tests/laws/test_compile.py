@@ -29,10 +29,10 @@ LAW = "compile"
 BACKEND = "aot_eager"
 """Traces forward and backward and runs both without code generation: needs no compiler."""
 
-DATA_DEPENDENT = {"experts": "how many tokens an expert gets is read on the host: the shapes of its products"}
+DATA_DEPENDENT: dict = {}
 """Kinds that no one graph can hold; they run in pieces."""
 
-SMALL_KINDS = ("conv1d", "embedding", "rows", "tied", "convolution", "multihead")
+SMALL_KINDS = ("conv1d", "embedding", "rows", "tied", "convolution", "experts", "multihead")
 
 
 def exempt(method):

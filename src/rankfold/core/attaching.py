@@ -152,6 +152,7 @@ def _place(
             host.sides.append(slot)
         else:
             host.slots.setdefault(site.key, []).append(slot)
+            kind_named(site.kind).hosted(modules[site.module])
 
 
 def _base(module: nn.Module, site: Site) -> Base:

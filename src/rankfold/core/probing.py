@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from rankfold.errors import DataError, InactiveError
 from .host import Host
 from .store import Extra, Member, Slot, Store
 
-__all__ = ["CallWatch", "call_model", "probe", "silent_extras", "silent_sites", "unchanged"]
+__all__ = ["CallWatch", "among_experts", "call_model", "probe", "silent_extras", "silent_sites", "unchanged"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -112,12 +112,18 @@ def _require_calls(store: Store, member: Member, since: dict[str, int], left_out
 def without_tokens(store: Store, member: Member, since: dict[str, int]) -> set[str]:
     """Sites in an expert that was not called at all while another one of its list was."""
     called = {path for path, host in _hosts(store, member).items() if host.calls > since.get(path, 0)}
+    return among_experts(store.model, called, {key: slot.site.module for key, slot in member.slots.items()})
+
+
+def among_experts(model: nn.Module, called: Collection[str], modules: Mapping[str, str]) -> set[str]:
+    """The keys of those modules that lie in an expert of a list (of modules) of which others are among the called, and itself
+    not at all."""
     found = set()
-    for key, slot in member.slots.items():
-        parts = slot.site.module.split(".")
+    for key, module in modules.items():
+        parts = module.split(".")
         for k in range(1, len(parts)):
             lists, expert = ".".join(parts[:k]), ".".join(parts[: k + 1])
-            if "expert" not in parts[k - 1] or not isinstance(store.model.get_submodule(lists), nn.ModuleList | nn.ModuleDict):
+            if "expert" not in parts[k - 1] or not isinstance(model.get_submodule(lists), nn.ModuleList | nn.ModuleDict):
                 continue
             own = {path for path in called if f"{path}.".startswith(f"{expert}.")}
             if not own and any(path.startswith(f"{lists}.") for path in called):

@@ -3,15 +3,22 @@
 model = AutoModelForCausalLM.from_pretrained(...)
 rf.adapt(model, "dora", rank=16)
 Trainer(model, TrainingArguments(...), train_dataset=...).train()
+
+Importing this also makes `from_pretrained(..., experts_implementation="rankfold")` known (models with stacked experts).
 """
 
 from __future__ import annotations
 
 import transformers
+import transformers.integrations.moe
+
+from rankfold.core.kinds.experts import register
 
 from .mixin import TrainsAdapter
 
 __all__ = ["Seq2SeqTrainer", "Trainer"]
+
+register()
 
 
 class Trainer(TrainsAdapter, transformers.Trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from rankfold.core.checkpointing import InputGradients
 from rankfold.core.extras import add_extra, find_extras
 from rankfold.core.kinds import weight_of
 from rankfold.core.planner import require_known
-from rankfold.core.probing import CallWatch, probe
+from rankfold.core.probing import CallWatch, among_experts, probe
 from rankfold.core.site import Site
 from rankfold.core.store import Member, Store, store_of
 from rankfold.core.structure import SideModule, Spec, Structure, trait
@@ -162,7 +163,7 @@ def _several(batches: Iterable[Any] | None) -> Sequence[Any] | None:
 def _statistics(
     model: nn.Module, m: Method, sites: Sequence[Site], batches: Any, loss: Any, budget: Any, progress: Any
 ) -> tuple[dict[str, Statistic], list[str]]:
-    """(what the init asked for, by site; the sites that no gradient reached)."""
+    """(what the init asked for, by site; the sites that no gradient reached). An expert without tokens is in neither."""
     wanted: dict[str, tuple[Site, Statistic]] = {}
     for site in sites:
         collect_one = m.init.collect if site.batch is None else partial(collect_stack, m.init)
@@ -176,7 +177,15 @@ def _statistics(
     from .statistics import collect
 
     found = collect(model, wanted, batches, loss, budget=budget, progress=progress)
-    return found, [key for key in wanted if key not in found]
+    unreached = {key: site.module for key, (site, _) in wanted.items() if key not in found}
+    idle = among_experts(model, {wanted[key][0].module for key in found}, unreached)
+    if idle:
+        warnings.warn(
+            f"init {m.init.name!r}: no token of these batches reached {len(idle)} site(s) of experts: "
+            f"{', '.join(sorted(idle)[:5])}. They start without data, by the structure's own law; more batches may reach them",
+            stacklevel=3,
+        )
+    return found, [key for key in unreached if key not in idle]
 
 
 def _roles(structure: Structure, specs: Mapping[str, Spec]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankfold.core.bases import is_packed
 from rankfold.core.kinds import kind_named, weight_of
-from rankfold.core.probing import call_model, unchanged
+from rankfold.core.probing import among_experts, call_model, unchanged
 from rankfold.core.sharding import close
 from rankfold.core.site import Site
 from rankfold.core.store import store_of
@@ -114,7 +114,8 @@ def collect(
         progress: called with a line of text: the byte plan first, then the state after each batch.
 
     Returns:
-        {site key: statistic}; a site that no gradient reached is left out.
+        {site key: statistic}; left out are sites that no gradient reached, and experts of a list that no token reached while
+        others of their list were called.
 
     Raises:
         BudgetError: the plan is above the budget. OptionError: gradients are needed and there is no loss.
@@ -149,6 +150,7 @@ def collect(
         for k, block in enumerate(_blocks(wanted, mode)):
             data = chain([first], iterator) if k == 0 else iter(batches)
             reached |= looks.run({key: wanted[key] for key in block}, data)
+    _require_inputs(model, wanted, reached)
     return {key: statistic for key, (_, statistic) in wanted.items() if key in reached}
 
 
@@ -243,13 +245,7 @@ class _Pass:
                     weight_of(self.modules[site.module], site).requires_grad_(False)
         if joint:
             reached = _join(distinct, wanted, reached)
-        never = [key for key, (_, s) in wanted.items() if s.source == "input" and key not in reached]
-        if never:
-            raise InactiveError(
-                f"statistics: {', '.join(never[:5])} saw no input: the forward pass does not call these modules. "
-                f"Leave them out: exclude={sorted({wanted[k][0].name for k in never})[:3]}"
-            )
-        for statistic in distinct:
+        for statistic in {id(wanted[key][1]): wanted[key][1] for key in reached}.values():
             statistic.finish()
         return reached
 
@@ -393,6 +389,17 @@ class _Pass:
                     statistic.observe(G)
 
         return weight.register_post_accumulate_grad_hook(hook)
+
+
+def _require_inputs(model: nn.Module, wanted: Wanted, reached: set[str]) -> None:
+    called = {wanted[key][0].module for key in reached}
+    silent = {key: site.module for key, (site, s) in wanted.items() if s.source == "input" and key not in reached}
+    idle = among_experts(model, called, silent)
+    if never := [key for key in silent if key not in idle]:
+        raise InactiveError(
+            f"statistics: {', '.join(never[:5])} saw no input: the forward pass does not call these modules. "
+            f"Leave them out: exclude={sorted({wanted[k][0].name for k in never})[:3]}"
+        )
 
 
 def _remove(hooks: Iterable[Any]) -> None:

@@ -2,11 +2,14 @@
 
 Tokens come with the experts that a router chose for them. The hosted module runs the library's contract for such modules (its
 "experts implementations": sort by expert, project, gate, project, weigh) with our product in the place of each projection that
-is adapted; a module without adapters keeps the implementation that the library chose.
+is adapted; a module without adapters keeps the implementation that the library chose. Ours is in the library's registry as well,
+under the name "rankfold".
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
     from ..planner import Program
     from ..store import Slot
 
-__all__ = ["Experts", "Routed", "TransposedExperts"]
+__all__ = ["IMPLEMENTATION", "Experts", "Routed", "TransposedExperts", "register"]
 
+IMPLEMENTATION = "rankfold"
+REGISTRY = "transformers.integrations.moe"
 ARGUMENTS = ({"hidden_states"}, {"top_k_index", "router_indices"}, {"top_k_weights", "routing_weights"})
 
 
@@ -47,18 +52,19 @@ class Experts(Kind):
     def sites(self, path: str, module: nn.Module) -> list[Site]:
         found = []
         for param in (_first(module), "down_proj"):
-            count, out, in_ = self._view(module._parameters[param]).shape  # type: ignore[arg-type]
+            stored: Any = module._parameters[param]
+            count, out, in_ = _as_maps(module, stored).shape
             found.append(Site(f"{path}.{param}" if path else param, (int(out), int(in_)), self.name, batch=int(count)))
         return found
 
-    def _view(self, stored: Tensor) -> Tensor:
-        return stored
-
     def view(self, stored: Tensor, site: Site) -> Tensor:
-        return self._view(stored)
+        return stored.mT if self.transposed else stored
 
     def store(self, W: Tensor, stored: Tensor, site: Site) -> Tensor:
-        return self._view(W).to(stored.dtype).contiguous()
+        return self.view(W, site).to(stored.dtype).contiguous()
+
+    def hosted(self, module: nn.Module) -> None:
+        register()
 
     def refusal(self, module: nn.Module, site: Site) -> str | None:
         if site.rows is not None:
@@ -72,21 +78,15 @@ class Experts(Kind):
     ) -> Any:
         from .products import run
 
-        hidden, index, weights = called(args, kwargs)
         on = {group[0].site.param: group for group in groups}
-        routed = Routed(index, _count(module))
 
-        def project(param: str, x: Tensor) -> Tensor:
-            bias = getattr(module, f"{param}_bias", None)
-            if param in on:
-                return run(host.program(on[param], module.training), routed, x, bias, host.store.plan, host.store.memory)
-            return routed.product(x, like(self._view(getattr(module, param)), x), bias)
+        def project(routed: Routed, param: str, x: Tensor) -> Tensor:
+            if param not in on:
+                return projected(module, routed, param, x)
+            program = host.program(on[param], module.training)
+            return run(program, routed, x, _bias(module, param), host.store.plan, host.store.memory)
 
-        x = hidden.reshape(-1, hidden.shape[-1])
-        y = project("down_proj", gated(module, project(_first(module), routed.spread(x))))
-        if getattr(module, "has_post_expert_norm", False):
-            y = module.post_expert_norm(y)  # type: ignore[operator]
-        return routed.gather(y, weights).to(hidden.dtype).view(hidden.shape)
+        return contract(module, *called(args, kwargs), project)
 
     def explain(self, program: Program, tokens: int, memory: str, x: Tensor | None) -> dict[str, Any]:
         from .products import explain
@@ -104,9 +104,7 @@ class Experts(Kind):
         routed = Routed(index, _count(module))
         rows = routed.spread(x)
         if site.param == "down_proj":  # what the first projection and the gate make of it
-            first = _first(module)
-            W, bias = getattr(module, first), getattr(module, f"{first}_bias", None)
-            rows = gated(module, routed.product(rows, like(self._view(W), rows), bias))
+            rows = gated(module, projected(module, routed, _first(module), rows))
         return list(rows.split(routed.sizes))
 
 
@@ -116,8 +114,52 @@ class TransposedExperts(Experts):
     name = "experts-transposed"
     transposed = True
 
-    def _view(self, stored: Tensor) -> Tensor:
-        return stored.mT
+
+def register() -> None:
+    """Put our implementation into transformers' registry of them as "rankfold", once the library has loaded it.
+
+    Then `model.set_experts_implementation("rankfold")`, or the same name in a configuration, runs the plain grouped product where
+    no adapter is on; where one is, the host runs before whatever the model's configuration names.
+    """
+    if (moe := sys.modules.get(REGISTRY)) is not None:
+        moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation)
+
+
+def implementation(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The unchanged experts by grouped products: what transformers calls for experts_implementation="rankfold".
+
+    Raises:
+        LayoutError: the experts are spread over processes, which the library's own implementations know how to run.
+    """
+    if getattr(self, "_is_expert_parallel", False):
+        raise LayoutError(f"experts_implementation={IMPLEMENTATION!r}: these experts are spread over processes; use 'grouped_mm'")
+    return contract(self, hidden_states, top_k_index, top_k_weights, lambda routed, param, x: projected(self, routed, param, x))
+
+
+def contract(
+    module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, project: Callable[[Routed, str, Tensor], Tensor]
+) -> Tensor:
+    """What the library asks of an implementation, with `project(routed, parameter, rows)` for its two products."""
+    routed = Routed(index, _count(module))
+    rows = routed.spread(hidden.reshape(-1, hidden.shape[-1]))
+    y = project(routed, "down_proj", gated(module, project(routed, _first(module), rows)))
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)  # type: ignore[operator]
+    return routed.gather(y, weights).to(hidden.dtype).view(hidden.shape)
+
+
+def projected(module: nn.Module, routed: Routed, param: str, x: Tensor) -> Tensor:
+    """The base's own product, in the dtype of its weight: no copy of a stack is made."""
+    W = _as_maps(module, getattr(module, param))
+    return routed.product(like(x, W), W, _bias(module, param))
+
+
+def _as_maps(module: nn.Module, stored: Tensor) -> Tensor:
+    return stored.mT if module.is_transposed else stored
+
+
+def _bias(module: nn.Module, param: str) -> Tensor | None:
+    return getattr(module, f"{param}_bias", None)
 
 
 def _first(module: nn.Module) -> str:

@@ -64,6 +64,9 @@ class Kind:
         """Why this module can't host the site, or None."""
         return None
 
+    def hosted(self, module: nn.Module) -> None:
+        """Called when a module of this kind has been given its host."""
+
     def inputs(
         self, module: nn.Module, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Keep
     ) -> Tensor | list[Tensor]:
