@@ -280,8 +280,9 @@ def detach(model: nn.Module, name: str) -> None:
         raise UnknownName.of("adapter", name, store.members if store else [])
     if store.is_folded:
         raise LayoutError("the model is folded; unfold before removing an adapter")
+    if name in store.active:
+        store.switch({n: weight for n, weight in store.active.items() if n != name})
     member = store.members.pop(name)
-    store.active.pop(name, None)
     store.watchers = [w for w in store.watchers if w.member is not member]
     for key in member.owned():
         store.drop(key)

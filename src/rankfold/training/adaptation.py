@@ -140,7 +140,7 @@ class Adaptation:
 
         Raises:
             UnknownName: no such adapter.
-            OptionError: a name twice, or another number of weights than one, or one for each.
+            OptionError: a name twice, another number of weights than one, or one for each, or different plans.
             CompositionError: a weight other than 1 for an adapter that owns whole tensors.
             LayoutError: the model is folded.
         """

@@ -161,6 +161,7 @@ def attach_record(
     store = member_store(model)
     handle = store.handle = store.handle or Adaptation(store)
     a = handle.attached[name] = Attached(m, member, int(record.trained.get("seed", 0)), labels=record.labels)
+    member.plan, member.memory = plan, memory
     a.trained = {k: v for k, v in record.trained.items() if k != "seed"}
     try:
         _check_shared(record, store, member, source)
@@ -174,7 +175,6 @@ def attach_record(
         handle.remove(name)
         store.switch(on_before)
         raise
-    store.plan, store.memory = plan, memory
     store.watchers += [InputGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
     return handle
 
