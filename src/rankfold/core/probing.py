@@ -139,7 +139,7 @@ class CallWatch:
         if store.model.training in self.open:
             self.since = counts(store, self.member)
 
-    def after_forward(self, store: Store) -> None:
+    def after_forward(self, store: Store, output: Any) -> None:
         mode = store.model.training
         if mode not in self.open or self.member.name not in store.active:
             return

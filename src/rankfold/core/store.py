@@ -175,6 +175,8 @@ class Store(nn.Module):
         self.trainable_before: dict[str, bool] = {}
         self.handle: Any = None
         self.watchers: list[Any] = []
+        self.passes, self.in_training_pass = 0, False
+        self.blind: list[Any] = []  # hosts that ran without gradients in this training pass
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -304,7 +306,7 @@ class Store(nn.Module):
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and self.enabled and self.active:
             for watcher in list(self.watchers):
-                watcher.after_forward(self)
+                watcher.after_forward(self, output)
 
 
 def _agreed(option: str, members: Sequence[Member]) -> str:

@@ -249,8 +249,8 @@ class Adaptation:
     ) -> torch.optim.Optimizer:
         """The optimizer of the method's update over this adapter's tensors, with its rank policy acting around each step.
 
-        Each call begins a run: the policy starts at step 0 with nothing remembered, and the optimizer before is let go. A run goes
-        on only where a checkpoint was restored before the call.
+        Each call begins a run: the policy starts at step 0 with nothing remembered, and the optimizer before is let go. A run
+        goes on only where a checkpoint was restored before the call.
 
         Args:
             total_steps: length of the run; a policy with a schedule needs it.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankfold.core.attaching import attach, check_sites, specs_of
 from rankfold.core.base import Base
 from rankfold.core.blocks import find_blocks
-from rankfold.core.checkpointing import InputGradients
+from rankfold.core.checkpointing import InputGradients, LostGradients
 from rankfold.core.extras import add_extra, find_extras
 from rankfold.core.kinds import weight_of
 from rankfold.core.planner import require_known
@@ -148,7 +148,12 @@ def adapt(
         structures = {key: structure for key, structure in structures.items() if key not in dict(silent)}
         if not structures:
             raise InactiveError("no gradient reaches any site: the loss does not depend on what the model gives")
-    store.watchers += [InputGradients(store, member), OwnUpdate(a), *([watch] if seen is None else [])]
+    store.watchers += [
+        InputGradients(store, member),
+        LostGradients(store, member),
+        OwnUpdate(a),
+        *([watch] if seen is None else []),
+    ]
     return handle
 
 

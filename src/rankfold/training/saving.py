@@ -17,7 +17,7 @@ from rankfold.adapters.fingerprint import compare
 from rankfold.adapters.native import NativeAdapter, SiteRecord, load_native, save_native
 from rankfold.adapters.rows import split_rows
 from rankfold.core.attaching import attach, specs_of
-from rankfold.core.checkpointing import InputGradients
+from rankfold.core.checkpointing import InputGradients, LostGradients
 from rankfold.core.extras import add_extra
 from rankfold.core.host import site_program
 from rankfold.core.planner import require_known
@@ -175,7 +175,7 @@ def attach_record(
         handle.remove(name)
         store.switch(on_before)
         raise
-    store.watchers += [InputGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
+    store.watchers += [InputGradients(store, member), LostGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
     return handle
 
 
