@@ -250,3 +250,15 @@ def test_adapters_of_different_plans_are_not_on_together(model, x):
         a.use("first", "second")
     assert (list(a.store.active), a.store.plan) == (["second"], before)
     model(x)
+
+
+def test_why_a_structure_does_not_fit_has_a_type():
+    """Another site or another option: not a text that has to be read."""
+    from rankfold.core import Site, TooLarge, Unfit
+    from rankfold.methods.structures.bone import Bone
+    from rankfold.methods.structures.lora import LoRA
+
+    site = Site("query", (12, 8))
+    assert LoRA(rank=8).fits(site) is None
+    assert LoRA(rank=9).fits(site) == TooLarge("rank 9 is larger than the matrix: min(out, in) = 8")
+    assert type(Bone(rank=5).fits(site)) is Unfit

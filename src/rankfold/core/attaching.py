@@ -53,9 +53,9 @@ def check_sites(
         wrong = structure.fits(site)
         if isinstance(wrong, TooLarge):
             raise TargetError(
-                f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
+                f"{site.key} {site.shape}: {wrong.reason}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
             )
-        reason = wrong or _kind_refusal(structure, site) or _place_refusal(modules, site)
+        reason = (wrong and wrong.reason) or _kind_refusal(structure, site) or _place_refusal(modules, site)
         if reason and not automatic:
             raise TargetError(f"{site.key}: {reason}")
         if reason:
