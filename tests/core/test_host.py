@@ -216,3 +216,49 @@ def test_a_regular_expression_may_end_with_a_class_of_characters(model):
 def test_an_option_outside_its_bounds_is_named_as_one_types_it():
     with pytest.raises(OptionError, match=r"^lora-ga\.gamma: got -1"):
         rf.method("lora-ga", gamma=-1)
+
+
+def test_each_adapter_keeps_its_plan(model, x):
+    """A later adapt or load decides nothing for adapters that are there; who is on decides, and "auto" follows the others."""
+    a = rf.adapt(model, "lora", rank=2, name="first", plan="plain", memory="recompute")
+    store = a.store
+    assert (store.plan, store.memory) == ("plain", "recompute")
+    rf.adapt(model, "lora", rank=2, name="second")
+    assert (store.plan, store.memory) == ("auto", "auto")
+    a.use("first")
+    assert (store.plan, store.memory) == ("plain", "recompute")
+    a.use("second", "first")
+    assert (store.plan, store.memory) == ("plain", "recompute")
+    a.remove("first")
+    assert (store.plan, store.memory, list(store.active)) == ("auto", "auto", ["second"])
+
+
+def test_a_loaded_adapter_leaves_the_plans_of_others(model, x, tmp_path):
+    a = rf.adapt(model, "lora", rank=2, name="first", plan="effective")
+    a.save(tmp_path / "a")
+    rf.load(model, tmp_path / "a", name="second", plan="plain")
+    assert a.store.plan == "plain"
+    a.use("first")
+    assert a.store.plan == "effective"
+
+
+def test_adapters_of_different_plans_are_not_on_together(model, x):
+    a = rf.adapt(model, "lora", rank=2, name="first", plan="plain")
+    rf.adapt(model, "lora", rank=2, name="second", plan="effective")
+    before = a.store.plan
+    with pytest.raises(OptionError, match=r"first plan='plain', second plan='effective'.*plan='auto'"):
+        a.use("first", "second")
+    assert (list(a.store.active), a.store.plan) == (["second"], before)
+    model(x)
+
+
+def test_why_a_structure_does_not_fit_has_a_type():
+    """Another site or another option: not a text that has to be read."""
+    from rankfold.core import Site, TooLarge, Unfit
+    from rankfold.methods.structures.bone import Bone
+    from rankfold.methods.structures.lora import LoRA
+
+    site = Site("query", (12, 8))
+    assert LoRA(rank=8).fits(site) is None
+    assert LoRA(rank=9).fits(site) == TooLarge("rank 9 is larger than the matrix: min(out, in) = 8")
+    assert type(Bone(rank=5).fits(site)) is Unfit

@@ -9,6 +9,7 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.errors import FileError, InactiveError, OptionError
+from rankfold.training.checkpoints import take_up
 from rankfold.training.contracts import POINTS, RankPolicy
 from rankfold.training.edits import Freeze, Mask
 from rankfold.training.engine import Engine
@@ -110,6 +111,41 @@ def test_a_second_install_lets_the_first_go():
     assert engine.step == 0
     step(model, second)
     assert engine.step == 1
+
+
+def test_a_second_optimizer_is_a_run_of_its_own():
+    """The policy starts anew, the first optimizer acts no more, and the change of hands is no foreign optimizer."""
+    model, handle = small("adalora")
+    model.train()
+    first = handle.optimizer(lr=0.01, total_steps=4)
+    for _ in range(4):
+        step(model, first)
+    before = handle._get(None).engine
+    assert (before.step, before.calls) == (4, 4)
+    second = handle.optimizer(lr=0.01, total_steps=6)
+    engine = handle._get(None).engine
+    assert engine is not before
+    assert (engine.step, engine.calls, engine.state["0"], engine.history[0][0]) == (0, 0, {}, 0)
+    for _ in range(2):
+        step(model, second)
+    assert (engine.step, engine.calls) == (2, 2)
+    assert before.step == 4
+    step(model, first)
+    assert (before.step, engine.step) == (4, 2)
+    with pytest.raises(InactiveError, match="another optimizer"):
+        model(X)
+
+
+def test_only_what_was_restored_goes_on():
+    model, handle = small("adalora")
+    optimizer = handle.optimizer(lr=0.01, total_steps=8)
+    for _ in range(3):
+        step(model, optimizer)
+    take_up(handle, handle._get(None).engine.state_dict())
+    optimizer = handle.optimizer(lr=0.01, total_steps=8)
+    assert handle._get(None).engine.step == 3
+    step(model, optimizer)
+    assert (handle._get(None).engine.step, handle._get(None).engine.calls) == (4, 4)
 
 
 def test_no_gradient_at_all_raises_at_the_first_step():

@@ -53,9 +53,9 @@ def check_sites(
         wrong = structure.fits(site)
         if isinstance(wrong, TooLarge):
             raise TargetError(
-                f"{site.key} {site.shape}: {wrong}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
+                f"{site.key} {site.shape}: {wrong.reason}. Choose a smaller rank, or leave the site out: exclude={site.name!r}"
             )
-        reason = wrong or _kind_refusal(structure, site) or _place_refusal(modules, site)
+        reason = (wrong and wrong.reason) or _kind_refusal(structure, site) or _place_refusal(modules, site)
         if reason and not automatic:
             raise TargetError(f"{site.key}: {reason}")
         if reason:
@@ -281,8 +281,9 @@ def detach(model: nn.Module, name: str) -> None:
         raise UnknownName.of("adapter", name, store.members if store else [])
     if store.is_folded:
         raise LayoutError("the model is folded; unfold before removing an adapter")
+    if name in store.active:
+        store.switch({n: weight for n, weight in store.active.items() if n != name})
     member = store.members.pop(name)
-    store.active.pop(name, None)
     store.watchers = [w for w in store.watchers if w.member is not member]
     for key in member.owned():
         store.drop(key)

@@ -38,7 +38,7 @@ class Host:
         self.slots: dict[str, list[Slot]] = {}
         self.extras: list[tuple[str, Extra]] = []
         self.sides: list[Slot] = []
-        self.calls = 0
+        self.calls = self.graded = 0
         self.reads = False
         self.live: list[list[Slot]] = []
         self.live_sides: list[Slot] = []
@@ -56,6 +56,14 @@ class Host:
             slot.on = store.active[slot.member.name]
             slot.t(store)
 
+    def note(self) -> None:
+        """Count a call, and remember whether it was with gradients, or without them in a training pass."""
+        self.calls += 1
+        if torch.is_grad_enabled():
+            self.graded = self.store.passes
+        elif self.store.in_training_pass:
+            self.store.blind.append(self)
+
     @property
     def empty(self) -> bool:
         return not (self.slots or self.extras or self.sides)
@@ -65,7 +73,7 @@ class Host:
         if store.is_folded:
             native = forward_of(module, native)
         if not torch.compiler.is_compiling():
-            self.calls += 1
+            self.note()
         held = torch.compiler.is_compiling() and store.settled and not store.is_folded
         if not store.enabled or (store.idle if held else not store.active):
             return native(module, *args, **kwargs)

@@ -206,7 +206,7 @@ class CallWatch:
             self.since = counts(store, self.member)
             self.entries = Entries(store, self.member)
 
-    def after_forward(self, store: Store) -> None:
+    def after_forward(self, store: Store, output: Any) -> None:
         if self.entries is None:
             return
         left_out, self.entries = self.entries.close(), None

@@ -7,7 +7,7 @@ state_dict of the model holds the base alone.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapters.rows import rows_text
-from rankfold.errors import LayoutError, UnknownName
+from rankfold.errors import LayoutError, OptionError, UnknownName
 from rankfold.linalg import Operator, like
 from rankfold.linalg.sharded import is_cut, whole
 
@@ -132,7 +132,10 @@ def _whole(parameter: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Member:
-    """One named adapter of a model: its structure, slots by site key, shared tensors and extra tensors."""
+    """One named adapter of a model: its structure, slots by site key, shared tensors and extra tensors.
+
+    `plan` and `memory` are what it lets the planner do while it is on.
+    """
 
     name: str
     structure: Structure
@@ -140,6 +143,8 @@ class Member:
     shared: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Extra] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    plan: str = "auto"
+    memory: str = "auto"
 
     def owned(self) -> list[str]:
         """Names in the store of everything that this adapter owns, each once."""
@@ -170,6 +175,8 @@ class Store(nn.Module):
         self.trainable_before: dict[str, bool] = {}
         self.handle: Any = None
         self.watchers: list[Any] = []
+        self.passes, self.in_training_pass = 0, False
+        self.blind: list[Any] = []  # hosts that ran without gradients in this training pass
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -251,14 +258,17 @@ class Store(nn.Module):
     # on and off
 
     def switch(self, active: dict[str, float | Tensor]) -> None:
-        """Exactly these adapters on, each at its weight.
+        """Exactly these adapters on, each at its weight; the planner does what they say.
 
         Raises:
             UnknownName: no adapter of that name.
+            OptionError: two of them want different plans.
         """
         for name in active:
             if name not in self.members:
                 raise UnknownName.of("adapter", name, self.members)
+        members = [self.members[name] for name in active]
+        self.plan, self.memory = _agreed("plan", members), _agreed("memory", members)
         self.active = dict(active)
         self.version += 1
         self.settle()
@@ -296,7 +306,19 @@ class Store(nn.Module):
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and self.enabled and self.active:
             for watcher in list(self.watchers):
-                watcher.after_forward(self)
+                watcher.after_forward(self, output)
+
+
+def _agreed(option: str, members: Sequence[Member]) -> str:
+    """The value of plan or memory that adapters which are on together share; one that says "auto" follows the others."""
+    wanted = {m.name: getattr(m, option) for m in members if getattr(m, option) != "auto"}
+    if len(set(wanted.values())) > 1:
+        said = ", ".join(f"{name} {option}={value!r}" for name, value in wanted.items())
+        raise OptionError(
+            f"{option}: adapters that are on together run as one, and these want different ones: {said}. Switch one of them on "
+            f"alone, or make all but one with {option}='auto'"
+        )
+    return next(iter(wanted.values()), "auto")
 
 
 def emit(store: Store, member: Member) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "Structure",
     "Tensors",
     "TooLarge",
+    "Unfit",
     "added",
     "kaiming",
     "layers",
@@ -115,8 +116,16 @@ class Context:
     seed: int | Tensor | None = None
 
 
-class TooLarge(str):
-    """The reason of `Structure.fits` for an option beyond what a weight of that shape holds; refused also under "all-linear"."""
+@dataclass(frozen=True)
+class Unfit:
+    """Why a site can't carry a structure: another site may. "all-linear" leaves it out."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class TooLarge(Unfit):
+    """An option beyond what a weight of that shape holds: another option is due, so it is refused also under "all-linear"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,7 @@ class Structure(Options):
         """Tensors of scope "emitted" for every site, once per step; None where there are none."""
         return None
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         """Why this site can't carry the structure, or None; a `TooLarge` where another option, not another site, is due."""
         rank = getattr(self, "rank", None)
         if rank is not None and rank > min(site.shape):
@@ -205,7 +214,7 @@ class Decorator(Structure):
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         raise NotImplementedError
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         return self.inner.fits(site)
 
     def objectives(self, t: Mapping[str, Tensors], sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -238,7 +247,7 @@ class Stack(Decorator):
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return self.outer.weight(self.inner.weight(W, t, site, ctx), t, site, ctx)
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         return self.inner.fits(site) or self.outer.fits(site)
 
     def objectives(self, t: Mapping[str, Tensors], sites: Sequence[Site]) -> dict[str, Tensor]:

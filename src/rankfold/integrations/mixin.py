@@ -121,16 +121,10 @@ class TrainsAdapter(_Trainer):
         if not self._own_optimizer:
             return super().create_optimizer(*args, **options)
         if self.optimizer is None:
-            attached = self._attached
-            earlier, moved = attached.engine, False
-            if self._saved is None and earlier is not None:  # a new run: no policy goes on from an earlier one
-                earlier.uninstall()
-                attached.engine, moved = None, earlier.moved
             total = self.state.max_steps if self.state.max_steps > 0 else self.args.max_steps
             self.optimizer = self.adaptation.optimizer(
                 self.args.learning_rate, self.args.weight_decay, total_steps=total if total > 0 else None, **self._adam()
             )
-            self._engine.moved |= moved  # type: ignore[union-attr]
         return self.optimizer
 
     def _adam(self) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Adaptation:
 
         Raises:
             UnknownName: no such adapter.
-            OptionError: a name twice, or another number of weights than one, or one for each.
+            OptionError: a name twice, another number of weights than one, or one for each, or different plans.
             CompositionError: a weight other than 1 for an adapter that owns whole tensors.
             LayoutError: the model is folded.
         """
@@ -249,6 +249,9 @@ class Adaptation:
     ) -> torch.optim.Optimizer:
         """The optimizer of the method's update over this adapter's tensors, with its rank policy acting around each step.
 
+        Each call begins a run: the policy starts at step 0 with nothing remembered, and the optimizer before is let go. A run
+        goes on only where a checkpoint was restored before the call.
+
         Args:
             total_steps: length of the run; a policy with a schedule needs it.
 
@@ -256,13 +259,13 @@ class Adaptation:
             OptionError: a policy that needs `total_steps` without it.
             InactiveError: (from the first step) nothing had a gradient.
         """
-        from .engine import Engine
+        from .engine import engine_of_next_run
 
         a = self._get(name)
         if a.method.rank.steps and total_steps is None:
             raise OptionError(f"optimizer: rank policy {a.method.rank.name!r} follows a schedule; give total_steps")
         optimizer = a.method.update.optimizer(self.trainables(name), lr=lr, weight_decay=weight_decay, **options)
-        a.engine = a.engine or Engine(a.method.rank, a.method.losses, self.store, a.member)
+        a.engine = engine_of_next_run(a.engine, a.method.rank, a.method.losses, self.store, a.member)
         a.engine.install(optimizer, total_steps)
         return optimizer
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankfold.core.attaching import attach, check_sites, specs_of
 from rankfold.core.base import Base
 from rankfold.core.blocks import find_blocks
-from rankfold.core.checkpointing import InputGradients
+from rankfold.core.checkpointing import InputGradients, LostGradients
 from rankfold.core.extras import add_extra, find_extras
 from rankfold.core.kinds import weight_of
 from rankfold.core.planner import require_known
@@ -91,8 +91,8 @@ def adapt(
         batches: what a data-driven init looks at, and what the probe runs; any iterable of model inputs.
         loss: loss(model, batch) -> scalar, for gradient-driven inits and the probe.
         seed: of every random start; the same seed gives the same tensors on every machine.
-        plan, memory: what the planner may do ("auto", or one of rankfold.core.PLANS; "auto", "keep", "recompute"), for the whole
-            model: the last call decides.
+        plan, memory: what the planner may do ("auto", or one of rankfold.core.PLANS; "auto", "keep", "recompute") while this
+            adapter is on.
         regex: take patterns that start with "re:" as regular expressions.
         budget: bytes that statistics may hold; more is refused before the pass starts.
         progress: called with a line of text as the pass for statistics goes on.
@@ -132,6 +132,7 @@ def adapt(
         store = member_store(model)
         handle = store.handle = store.handle or Adaptation(store)
         a = handle.attached[name] = Attached(m, member, seed, dropped)
+        member.plan, member.memory = plan, memory
         try:
             _add_extras(store, member, m, sites, extras)
             store.switch({name: 1.0})
@@ -148,8 +149,12 @@ def adapt(
         structures = {key: structure for key, structure in structures.items() if key not in dict(silent)}
         if not structures:
             raise InactiveError("no gradient reaches any site: the loss does not depend on what the model gives")
-    store.plan, store.memory = plan, memory
-    store.watchers += [InputGradients(store, member), OwnUpdate(a), *([watch] if seen is None else [])]
+    store.watchers += [
+        InputGradients(store, member),
+        LostGradients(store, member),
+        OwnUpdate(a),
+        *([watch] if seen is None else []),
+    ]
     return handle
 
 

@@ -18,7 +18,7 @@ from .contracts import POINTS, Edit, Loss, RankPolicy, SiteView
 from .edits import apply, keys_by_role
 from .processes import process_count
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "engine_of_next_run"]
 
 
 class Engine:
@@ -29,6 +29,7 @@ class Engine:
 
     Attributes:
         step: steps of the optimizer so far.
+        begun: whether an optimizer has been installed; what a checkpoint restored waits for its own.
         moved: set by every step; whoever looks for foreign optimizers clears it.
         touched: tensors changed by edits so far, by kind of edit.
         history: (step, {site: rank}) at the start and after every change of a rank.
@@ -40,6 +41,7 @@ class Engine:
     def __init__(self, policy: RankPolicy, losses: Sequence[Loss], store: Store, member: Member) -> None:
         self.policy, self.losses, self.store, self.member = policy, tuple(losses), store, member
         self.step = 0
+        self.begun = False
         self.moved = False
         self.touched: dict[str, int] = {}
         self.paces: dict[str, Tensor] = {}
@@ -134,6 +136,7 @@ class Engine:
             InactiveError: (from the first step) nothing of the adapter had a gradient.
         """
         self.uninstall()
+        self.begun = True
         self._total = total_steps
         self._hooks = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
         self.run("before_forward", self.step + 1, self._length(), optimizer)
@@ -253,3 +256,16 @@ class Engine:
         self.step, self.calls, self.reached = int(values["step"]), int(values["calls"]), set(values["reached"])
         self.touched = {k: int(v) for k, v in values["touched"].items()}
         self._ran = {point: int(values["ran"][point]) for point in POINTS}
+
+
+def engine_of_next_run(
+    earlier: Engine | None, policy: RankPolicy, losses: Sequence[Loss], store: Store, member: Member
+) -> Engine:
+    """`earlier` where it was restored from a checkpoint and waits for its optimizer; else a new one, and `earlier` is let go."""
+    if earlier is not None and not earlier.begun:
+        return earlier
+    engine = Engine(policy, losses, store, member)
+    if earlier is not None:
+        earlier.uninstall()
+        engine.moved = earlier.moved  # its last step was ours
+    return engine

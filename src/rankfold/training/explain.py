@@ -35,5 +35,7 @@ def explain(model: nn.Module, tokens: int = 256) -> list[dict[str, Any]]:
                 continue
             program = site_program(store, [slot], training=False)
             x = torch.zeros(1, slot.site.shape[1], dtype=slot.base.dtype, device=slot.base.device) if program.needs_x else None
-            rows.append({"site": key, "adapter": name, **kind_named(slot.site.kind).explain(program, tokens, store.memory, x)})
+            rows.append(
+                {"site": key, "adapter": name, **kind_named(slot.site.kind).explain(program, tokens, slot.member.memory, x)}
+            )
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,5 +45,5 @@ class OwnUpdate:
             a.engine.moved = False
         self.seen, self.sample = version, sample
 
-    def after_forward(self, store: Store) -> None:
+    def after_forward(self, store: Store, output: Any) -> None:
         return None

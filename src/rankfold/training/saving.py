@@ -17,7 +17,7 @@ from rankfold.adapters.fingerprint import compare
 from rankfold.adapters.native import NativeAdapter, SiteRecord, load_native, save_native
 from rankfold.adapters.rows import split_rows
 from rankfold.core.attaching import attach, specs_of
-from rankfold.core.checkpointing import InputGradients
+from rankfold.core.checkpointing import InputGradients, LostGradients
 from rankfold.core.extras import add_extra
 from rankfold.core.host import site_program
 from rankfold.core.planner import require_known
@@ -161,6 +161,7 @@ def attach_record(
     store = member_store(model)
     handle = store.handle = store.handle or Adaptation(store)
     a = handle.attached[name] = Attached(m, member, int(record.trained.get("seed", 0)), labels=record.labels)
+    member.plan, member.memory = plan, memory
     a.trained = {k: v for k, v in record.trained.items() if k != "seed"}
     try:
         _check_shared(record, store, member, source)
@@ -174,8 +175,7 @@ def attach_record(
         handle.remove(name)
         store.switch(on_before)
         raise
-    store.plan, store.memory = plan, memory
-    store.watchers += [InputGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
+    store.watchers += [InputGradients(store, member), LostGradients(store, member), CallWatch(store, member), OwnUpdate(a)]
     return handle
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, register
+from rankfold.core import Context, Site, Spec, Structure, Tensors, Unfit, register
 from rankfold.linalg import BlockDiagonal, Blockwise, Identity, LowRank, Operator, Product, Sum, tiled_identity
 
 
@@ -52,7 +52,7 @@ class Bone(Structure):
         row = C.transpose(-3, -2).flatten(-2)  # [r, in]: C_1 C_2 ... side by side
         return Product(W, Sum((Identity(in_, C), BlockDiagonal(C)))) + LowRank(tiled_identity(self.rank, out, C).mT, row)
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         if site.shape[0] % self.rank or site.shape[1] % self.rank:
-            return f"blocks of {self.rank} x {self.rank} do not tile {site.shape}: rank must divide both sizes"
+            return Unfit(f"blocks of {self.rank} x {self.rank} do not tile {site.shape}: rank must divide both sizes")
         return None

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, kaiming, register
+from rankfold.core import Context, ScaledStructure, Site, Spec, Tensors, Unfit, kaiming, register
 from rankfold.linalg import Kronecker, Operator
 
 
@@ -69,5 +69,5 @@ class Kron(ScaledStructure):
         Q = t.Q1 @ t.Q2 if "Q1" in t._fields else t.Q
         return Kronecker(self.scale * P, Q)
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         return None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from rankfold.core import Context, Site, Spec, Structure, Tensors, register
+from rankfold.core import Context, Site, Spec, Structure, Tensors, Unfit, register
 from rankfold.linalg import LowRank, Operator, tiled_identity
 
 
@@ -43,7 +43,7 @@ class MiSS(Structure):
         B = t.D if self.mini is None else t.D.repeat(*(1,) * (t.D.ndim - 2), out // self.mini, 1)
         return LowRank(B, tiled_identity(self.rank, in_, t.D))
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         if self.mini is not None and site.shape[0] % self.mini:
-            return f"mini {self.mini} does not divide the {site.shape[0]} outputs"
+            return Unfit(f"mini {self.mini} does not divide the {site.shape[0]} outputs")
         return super().fits(site)

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, TooLarge, register
+from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, TooLarge, Unfit, register
 from rankfold.linalg import Operator, Sparse
 
 
@@ -47,7 +47,7 @@ class SHiRA(Structure):
     def delta(self, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return Sparse(t.values, t.index, *site.shape)
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         if self._wanted(site) > site.shape[0] * site.shape[1]:
             return TooLarge(
                 f"rank {self.rank} asks for {self._wanted(site)} entries, which is larger than the matrix: {site.shape}"

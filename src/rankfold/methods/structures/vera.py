@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge
 from torch import Tensor
 
-from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, register
+from rankfold.core import Context, Site, Spec, StartContext, Structure, Tensors, Unfit, register
 from rankfold.linalg import Diagonal, LowRank, Operator, Product
 
 
@@ -54,5 +54,5 @@ class VeRA(Structure):
     def delta(self, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         return Product(Diagonal(t.b), LowRank(t.B, t.A, diag=t.d))
 
-    def fits(self, site: Site) -> str | None:
+    def fits(self, site: Site) -> Unfit | None:
         return None
