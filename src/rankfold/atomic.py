@@ -81,9 +81,9 @@ def atomic_file(path: str | Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text as a whole, or not at all."""
-    atomic_file(path, lambda temporary: _write(temporary, text))
+    atomic_file(Path(path), lambda temporary: _write(temporary, text))
 
 
 def _write(temporary: Path, text: str) -> None:
