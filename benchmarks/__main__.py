@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 
 import torch
 
-from . import b1_step, b4_bytes, b5_bank, b7_fidelity, b11_startup, calibrate
+from . import b1_step, b4_bytes, b5_bank, b7_fidelity, b11_startup, calibrate, experts
 from .protocol import conditions
 from .render import PAGE, render
 from .results import FOLDER, Results
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "B5": b5_bank.run,
     "B7": b7_fidelity.run,
     "B11": b11_startup.run,
+    "experts": experts.run,
     "calibrate": calibrate.run,
 }
 

@@ -161,6 +161,24 @@ def bank(cells: Cells) -> str:
     )
 
 
+def experts(cells: Cells) -> str:
+    def rows() -> Iterator[Sequence[str]]:
+        for row in cells.values():
+            cell, ratios = row["cell"], row["ratios"]
+            dtype = {"float32": "fp32", "bfloat16": "bf16"}[cell["dtype"]]
+            yield (
+                f"{cell['experts']} experts, {cell['chosen']} chosen, {cell['hidden']} x {cell['inner']}, {dtype}, {cell['tokens']} tokens",
+                f"{row['ms']['cpu']['floor']:.0f} ms", _interval(ratios["ours/floor"]["cpu"]), _interval(ratios["loop/floor"]["cpu"]),
+                _interval(ratios["peft/floor"]["cpu"]), f"{ratios['ours/peft']['cpu'][0]:.3f}",
+            )  # fmt: skip
+
+    text = (
+        "LoRA on both stacks of two layers, attention and router frozen; the floor runs the library's grouped products. Loop: ours, "
+        "one product after the other for each expert. peft: `target_parameters`. CPU time."
+    )
+    return text + "\n\n" + table(("cell", "floor", "ours / floor", "loop / floor", "peft / floor", "ours / peft"), rows())
+
+
 def startup(cells: Cells) -> str:
     def rows() -> Iterator[Sequence[str]]:
         for name, row in cells.items():
@@ -204,6 +222,7 @@ SECTIONS = {
     "B5": ("B5: many adapters", bank),
     "B7": ("B7: fidelity", lambda cells: faults(cells) + "\n\n" + fidelity(cells)),
     "B11": ("B11: start-up", startup),
+    "experts": ("Experts: a LoRA step", experts),
     "calibrate": ("The planner's constants", calibration),
 }
 

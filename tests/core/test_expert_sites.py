@@ -135,6 +135,141 @@ def test_the_library_s_implementations_agree_with_ours_at_the_start(implementati
             assert torch.equal(model(IDS).logits, before)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_ours_is_in_the_library_s_registry(kind):
+    """experts_implementation="rankfold": the plain products where no adapter is on, the changed ones where one is."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = moe(kind)
+    a = rf.adapt(model, "lora", rank=2, targets=["*experts*"])
+    assert "rankfold" in ALL_EXPERTS_FUNCTIONS
+    shaken(a)
+    changed_ = model(IDS).logits.detach()
+    outputs = {}
+    for implementation in ("eager", "rankfold"):
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(model(IDS).logits, changed_)  # the host runs, whatever the configuration names
+        with a.disabled():
+            outputs[implementation] = model(IDS).logits.detach()
+        plain = moe(kind)
+        plain.set_experts_implementation(implementation)
+        assert torch.equal(plain(IDS).logits, outputs[implementation])
+    assert not torch.equal(outputs["rankfold"], changed_)
+    torch.testing.assert_close(outputs["rankfold"], outputs["eager"], rtol=1e-4, atol=1e-5)
+    config = copy.deepcopy(model.config)
+    assert config._experts_implementation == "rankfold"
+    assert torch.isfinite(type(model)(config)(IDS).logits).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_our_implementation_is_the_library_s_with_its_gradients(kind):
+    from rankfold.core.kinds.experts import implementation
+
+    module, hidden, index, weights = experts_of(kind)
+    for p in module.parameters():
+        p.requires_grad_(True)
+    grads = []
+    for run in (type(module).forward, implementation):
+        x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = run(module, x, index, w)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), [x, w, *module.parameters()])])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    module._is_expert_parallel = True
+    with pytest.raises(LayoutError, match="grouped_mm"):
+        implementation(module, hidden, index, weights)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_step_asks_how_many_tokens_an_expert_got(kind, method, monkeypatch):
+    """Sizes stay on the device: nothing waits for it, forward or backward."""
+    module, hidden, index, weights = experts_of(kind)
+    module, hidden, weights = module.float(), hidden.float().requires_grad_(), weights.float()
+    model = nn.ModuleDict({"experts": module})
+    a = rf.adapt(model, method, rank=4)
+
+    def asked(self, *args):
+        raise AssertionError("asked for a value")
+
+    for name in ("nonzero", "__bool__", "item", "tolist", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, asked)
+    module(hidden, index, weights).sum().backward()
+    monkeypatch.undo()
+    assert all(p.grad is not None for p in a.parameters())
+    monkeypatch.setattr(torch.Tensor, "tolist", asked)
+    with pytest.raises(AssertionError, match="asked for a value"):  # in float64 torch has no grouped product
+        module.double()(hidden.double(), index, weights.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_torch_s_grouped_product_is_the_loop(kind, dtype, monkeypatch):
+    """Output and every gradient of an adapted block, router included, by grouped products and by the loop over experts."""
+    from rankfold.core.kinds import experts
+    from rankfold.kernels.grouped import looped_outer, looped_product
+
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    model = moe(kind).to(dtype)
+    a = rf.adapt(model, "dora", rank=3, targets=["*layers.0.mlp.experts*"])  # a rank that torch's rows don't allow
+    shaken(a)
+    block, found = model.model.layers[0].mlp, []
+    for looped in (False, True):
+        if looped:
+            monkeypatch.setattr(experts, "grouped_product", looped_product)
+            monkeypatch.setattr(experts, "grouped_outer", looped_outer)
+        x = torch.sin(torch.arange(2 * 12 * 16).view(2, 12, 16)).to(dtype).requires_grad_()
+        y = block(x)
+        y = y[0] if isinstance(y, tuple) else y
+        found.append([y, *torch.autograd.grad(y.float().square().mean(), [x, *a.parameters()])])
+    for ours, by_loop in zip(*found):
+        torch.testing.assert_close(ours, by_loop, **near)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_adapted_block_is_one_graph_whatever_its_router_chooses(kind):
+    """Router, experts and their adapters, forward and backward; tokens that go elsewhere compile nothing anew."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = moe(kind)
+    a = rf.adapt(model, "lora", rank=4, targets=["*layers.0.mlp.experts*"])
+    shaken(a)
+    block, counter, chosen = model.model.layers[0].mlp, CompileCounterWithBackend("aot_eager"), []
+    hook = block.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1].clone()))
+
+    def outcome(run, start):
+        x = torch.sin(torch.arange(start, start + 2 * 12 * 16).view(2, 12, 16)).requires_grad_()
+        y = run(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return [y, *torch.autograd.grad(y.square().mean(), [x, *(p for n, p in a.tensors().items() if "layers.0." in n)])]
+
+    expected = [outcome(block, start) for start in (0, 1000)]
+    hook.remove()
+    assert not torch.equal(*chosen)
+    run = torch.compile(block, backend=counter, fullgraph=True)
+    for start, theirs in zip((0, 1000), expected):
+        for found, one in zip(outcome(run, start), theirs):
+            torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_routers_are_left_out(kind):
+    """Neither "all-linear" nor "all" takes what chooses the experts, and it stays frozen: no gradient reaches it."""
+    for targets in ("all-linear", "all"):
+        model = moe(kind)
+        routers = {
+            n: p for n, p in model.named_parameters() if ".router." in n or n.endswith(("mlp.gate.weight", "mlp.gate.bias"))
+        }
+        assert routers
+        a = rf.adapt(model, "lora", rank=2, targets=targets)
+        assert any("experts" in s.key for s in a.sites)
+        assert not any(n.startswith(s.module + ".") and n.count(".") == s.module.count(".") + 1 for n in routers for s in a.sites)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(p.grad is None and not p.requires_grad for p in routers.values())
+
+
 def test_lora_never_forms_its_change():
     """Among the tensors that a step makes none is as large as the stacked weight."""
     from torch.utils._python_dispatch import TorchDispatchMode

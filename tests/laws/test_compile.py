@@ -29,9 +29,6 @@ LAW = "compile"
 BACKEND = "aot_eager"
 """Traces forward and backward and runs both without code generation: needs no compiler."""
 
-DATA_DEPENDENT: dict = {}
-"""Kinds that no one graph can hold; they run in pieces."""
-
 SMALL_KINDS = ("conv1d", "embedding", "rows", "tied", "convolution", "experts", "multihead")
 
 
@@ -63,8 +60,7 @@ def check_compiles(method, kind, training=True, backend=BACKEND, dtype=torch.flo
         a = adapt(case, m)
         shake(a)
         case.model.train(training)
-        whole = exempt(m) is None and kind not in DATA_DEPENDENT
-        with compiled(case, backend, fullgraph=whole):
+        with compiled(case, backend, fullgraph=exempt(m) is None):
             torch.manual_seed(3)
             try:
                 found = outcome(case, a, case.batch)
@@ -101,18 +97,18 @@ def test_every_kind_of_site_is_one_graph(method, kind, training):
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("method", ["lora", "dora", "hra", "gate+lora"])
-def test_generated_code_is_the_same_function(method):
-    check_compiles(method, "linear", training=False, backend="inductor", dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("method", "kind"), [(m, "linear") for m in ("lora", "dora", "hra", "gate+lora")] + [("lora", "experts"), ("dora", "experts")]
+)
+def test_generated_code_is_the_same_function(method, kind):
+    check_compiles(method, kind, training=False, backend="inductor", dtype=torch.float32)
 
 
-def test_kinds_that_depend_on_the_data_say_why():
-    """Let off with a reason, and only while it is true."""
-    for kind in DATA_DEPENDENT:
-        case = tiny(kind)
-        adapt(case, "lora")
-        with compiled(case), pytest.raises(Unsupported):
-            case.output()
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_experts_are_one_graph_around_torch_s_grouped_product(method, dtype):
+    """In float64, where the law runs, the operator holds a loop."""
+    check_compiles(method, "experts", dtype=dtype)
 
 
 # switching

@@ -236,7 +236,7 @@ def _stacked(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: 
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """gain · (x by W, plus s·(drop(x) by A) by B) + bias. Keeps x if A trains, h = x by A if B trains, y if the gain does."""
+    """gain · (x by W, plus s·(drop(x) by A) by B) + bias. Keeps x if A trains, h = x by A if B trains, y (or u) if the gain does."""
 
     @staticmethod
     def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, how, base, scale, dropped):
@@ -245,16 +245,17 @@ class _LowRankProduct(torch.autograd.Function):
         inside = None if bias is None or m is not None else like(bias, x)
         change = how.after.product(h, Bs)
         u = change.mul_(scale) if base is None else how.product(x, like(base.W, x), inside).add_(change, alpha=scale)
-        y, vanished = u, False
+        y, from_u = u, False
         if m is not None:
             gain = m / norm
             y = (u * how.rows(gain, u)).to(u.dtype)
             if bias is not None:
                 y += how.rows(like(how.shaped_bias(bias), y), y)
-            vanished = not answers(x.device) or bool((m.abs() < VANISHED * norm).any())  # then y no longer tells u
-        ctx.how, ctx.base, ctx.scale, ctx.dropped, ctx.vanished = how, base, scale, dropped, vanished
+            # where a gain vanished y no longer tells u; a device that can't be asked keeps u
+            from_u = not answers(x.device) or bool((m.abs() < VANISHED * norm).any())
+        ctx.how, ctx.base, ctx.scale, ctx.dropped, ctx.from_u = how, base, scale, dropped, from_u
         need_m, _, need_B, need_A = ctx.needs_input_grad[2:6]
-        seen = (u if vanished else y) if need_m else None
+        seen = (u if from_u else y) if need_m else None
         ctx.save_for_backward(x if need_A else None, h if need_B else None, seen, bias, m, norm, B, A, B0, A0)
         ctx.shapes = x.shape, h.shape
         return y
@@ -267,9 +268,9 @@ class _LowRankProduct(torch.autograd.Function):
         gm = None
         if seen is not None:
             total = how.row_sums(g * seen)
-            if not ctx.vanished and bias is not None:
+            if not ctx.from_u and bias is not None:
                 total = total - how.shaped_bias(bias).to(total.dtype) * how.row_sums(g)
-            gm = (total / (norm if ctx.vanished else m)).to(m.dtype)
+            gm = (total / (norm if ctx.from_u else m)).to(m.dtype)
         gb = how.row_sums(g).view(bias.shape).to(bias.dtype) if ctx.needs_input_grad[1] else None
         if m is not None:
             g = (g * how.rows(m / norm, g)).to(g.dtype)
