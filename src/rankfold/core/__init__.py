@@ -14,7 +14,7 @@ _HOME = {
     "Context": "structure", "Decorator": "structure", "Offset": "structure", "SideModule": "structure", "Spec": "structure",
     "Stack": "structure", "StartContext": "structure", "Structure": "structure", "Tensors": "structure", "kaiming": "structure",
     "TooLarge": "structure",
-    "layers": "structure", "trait": "structure",
+    "layers": "structure", "never_dense": "structure", "trait": "structure",
     "PLANS": "planner", "Program": "planner", "explain": "planner", "run": "planner",
     "Member": "store", "Slot": "store", "Store": "store", "Extra": "store", "store_of": "store",
     "Host": "host", "site_program": "host",
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         TooLarge,
         kaiming,
         layers,
+        never_dense,
         trait,
     )
     from .targets import Targets, every_site, find_sites

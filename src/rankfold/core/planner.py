@@ -53,7 +53,8 @@ class Program:
     """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate
     looks at it).
 
-    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists.
+    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists; `never_dense` says that the
+    structures promise never to build it, and holds for plan "auto".
     An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
     `path` is the form of the fused kernels for the base's device, None the reference.
     """
@@ -63,6 +64,7 @@ class Program:
     leaves: Sequence[Tensor]
     dense_ok: bool = True
     needs_x: bool = False
+    never_dense: bool = False
     kept: tuple[Operator, Fused | None] | None = None
     path: ModuleType | None = None
 
@@ -258,6 +260,8 @@ def _choose(program: Program, expr: Operator, tokens: int, memory: str) -> tuple
         return ("structured" if splits else "plain"), memory
     if not splits:
         return "effective", memory
+    if program.never_dense:
+        return "structured", memory
     structured = costs.structured_cost(extra, memory == "keep", grad)
     return ("structured" if structured <= costs.effective_cost(expr, tokens, grad) else "effective"), memory
 

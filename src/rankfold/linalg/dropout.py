@@ -28,7 +28,7 @@ def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: 
     count = 1
     for n in shape:
         count *= n
-    bits = torch.empty(count // 4 + 1, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     return bits.view(torch.int16)[:count].ge_(round(p * 65536) - 32768).view(shape)
 
 
