@@ -143,7 +143,7 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
     if plan in ("auto", "fused"):
         fused = program.kept[1] if program.kept is not None else _fused_form(expr, program.base)
         if fused is not None:
-            return _run_fused(program, fused, x, bias)
+            return _run_fused(program, fused, x, bias, memory)
         if plan == "fused":
             raise LayoutError(
                 f"plan 'fused': no fused form for {describe(expr, program.base)}; allowed here: structured, effective, plain"
@@ -224,14 +224,14 @@ def _fused_form(expr: Operator, base: Base) -> Fused | None:
     return Fused(magnitude, *factors) if factors is not None else None
 
 
-def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
+def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None, memory: str) -> Tensor:
     path = None if x.dtype == torch.float64 else program.path
     if f.magnitude is None:
         assert f.B is not None
         assert f.A is not None
-        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
+        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path, memory)
     m, norm = like_master(f.magnitude.m), _norm(program, f.magnitude, f)
-    return magnitude_linear(x, program.base, bias, m, norm, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
+    return magnitude_linear(x, program.base, bias, m, norm, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path, memory)
 
 
 def like_master(m: Tensor) -> Tensor:
@@ -404,7 +404,7 @@ def explain(program: Program, tokens: int, memory: str = "auto", x: Tensor | Non
     expr = program.expression(x=x)
     reading = describe(expr, program.base)
     if _fused_form(expr, program.base) is not None:
-        return {"plan": "fused", "memory": "keep", "expression": reading}
+        return {"plan": "fused", "memory": "recompute" if memory == "recompute" else "keep", "expression": reading}
     plan, memory = _choose(program, expr, tokens, memory)
     extra = _extra(expr, program.base, tokens)
     return {
