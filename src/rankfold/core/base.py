@@ -24,8 +24,9 @@ PIECES = 8
 
 
 def _cast_in_pieces(W: Tensor, x: Tensor) -> bool:
-    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return W.ndim == 2 and W.dtype != x.dtype and not (W.requires_grad or traced)
+    if W.dtype == x.dtype or W.ndim != 2 or W.requires_grad:
+        return False
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _pieces(W: Tensor) -> tuple[Tensor, ...]:

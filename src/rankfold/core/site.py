@@ -55,7 +55,7 @@ class Site:
         """Path of the module that holds the weight and whose forward is changed."""
         return self.name.rpartition(".")[0] if self.kind in WITHIN else self.name
 
-    @property
+    @cached_property
     def param(self) -> str:
         """Name of the weight within that module; with the child's where a child holds it."""
         last = self.name.rpartition(".")[2]

@@ -90,10 +90,12 @@ def gradients(
     gA = gB = None
     if x is not None:
         own = hg if hg.shape[1] == rank else hg[:, :rank] + hg[:, rank:]  # g (B − B₀) + g B₀ = g B
-        gA = (own.mT @ (mask.times(x) if isinstance(mask, Mask) else x)).mul_(scale)
+        gA = own.mT @ (mask.times(x) if isinstance(mask, Mask) else x)
     if h is not None:
-        gB = (h[:, :rank].mT @ g).mul_(scale).mT  # the wide product in the order that is faster on a CPU
-    return gB, gA
+        gB = (h if h.shape[1] == rank else h[:, :rank]).mT @ g  # the wide product in the order that is faster on a CPU
+    if scale != 1.0:
+        gA, gB = (t if t is None else t.mul_(scale) for t in (gA, gB))
+    return (None if gB is None else gB.mT), gA
 
 
 def input_to_keep(x: Tensor, memory: str) -> tuple[Tensor, Tensor | None]:

@@ -117,11 +117,13 @@ class _MagnitudeLinear(torch.autograd.Function):
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, x.dtype)
             h = path.combine(u, flat, Bs, As, scale, drop)
-        y = path.apply_gain(u, m / norm, bias)
+        gain = m / norm
+        y = path.apply_gain(u, gain, bias)
         y = y.resize_(*x.shape[:-1], y.shape[-1])  # not a view: see `lowrank`
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
-        keep_x = need_A or (need_m and (x.device.type not in ASKED or bool((m.abs() < VANISHED * norm).any())))
+        ctx.vanished = need_m and (x.device.type not in ASKED or bool((gain.abs() < VANISHED).any()))
+        keep_x = need_A or ctx.vanished
         keep_h = need_B and not (memory == "recompute" and keep_x)
         kept = input_to_keep(x, memory) if keep_x else (None, None)
         ctx.save_for_backward(
@@ -138,13 +140,14 @@ class _MagnitudeLinear(torch.autograd.Function):
         g = gy.reshape(-1, gy.shape[-1])
         if h is None and x is not None and ctx.needs_input_grad[4]:
             h = ctx.path.shrink(x, stack_factors(B, A, B0, A0, x.dtype)[1], drop)
-        gu, total = ctx.path.pull_gain(g, m / norm, None if y is None else y.reshape(g.shape), bias)
+        gain = m / norm
+        gu, total = ctx.path.pull_gain(g, gain, None if y is None else y.reshape(g.shape), bias)
         gm = None
         if total is not None:
             gm = total / m
-            vanished = m.abs() < VANISHED * norm
-            rows = flagged(vanished)
-            if len(rows):
+            if ctx.vanished:
+                vanished = gain.abs() < VANISHED
+                rows = flagged(vanished)
                 mend(gm, vanished, rows, _recomputed(ctx, rows, g, x, h, drop, norm, B, A, B0, A0))
                 vanished[rows] = False
                 gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
