@@ -175,11 +175,37 @@ def startup(cells: Cells) -> str:
 
 
 def calibration(cells: Cells) -> str:
+    import torch
+
     from rankfold.core import costs
 
-    ratios = next(iter(cells.values()))["ratios"]
-    rows = ((f"`{n}`", f"{v:.3g}", f"{getattr(costs, n):.3g}") for n, v in ratios.items())
-    return "In units of one FLOP of a large product.\n\n" + table(("constant of the planner", "measured", "in use"), rows)
+    def rows() -> Iterator[Sequence[str]]:
+        for dtype, row in cells.items():
+            in_use = costs.PRICES[getattr(torch, dtype)]
+            for name, value in row["prices"].items():
+                yield f"`{name}`", dtype, f"{value:.3g}", f"{getattr(in_use, name):.3g}"
+
+    return "In units of one FLOP of a large product in that dtype.\n\n" + table(("price", "dtype", "measured", "in use"), rows())
+
+
+def choices(cells: Cells) -> str:
+    groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for key, row in cells.items():
+        groups.setdefault((row["cell"]["method"], row["cell"]["dtype"]), []).append((row["regret"], f"{key}: {row['chosen']}"))
+
+    def rows() -> Iterator[Sequence[str]]:
+        for (method, dtype), found in groups.items():
+            worst, where = max(found)
+            mean = sum(r for r, _ in found) / len(found)
+            yield f"`{method}`", dtype, str(len(found)), f"{mean:.3f}", f"{worst:.2f} ({where})"
+
+    everything = [r for found in groups.values() for r, _ in found]
+    text = (
+        'Time of what plan and memory "auto" run over that of the fastest plan, one linear site forward and backward; '
+        'recomputation that "auto" chose for the sake of memory counts as lost time. Mean over all cells: '
+        f"**{sum(everything) / len(everything):.3f}**.\n\n"
+    )
+    return text + table(("structure", "dtype", "cells", "mean", "worst"), rows())
 
 
 def _conditions(cells: Cells) -> str:
@@ -203,7 +229,8 @@ SECTIONS = {
     "B5": ("B5: many adapters", bank),
     "B7": ("B7: fidelity", lambda cells: faults(cells) + "\n\n" + fidelity(cells)),
     "B11": ("B11: start-up", startup),
-    "calibrate": ("The planner's constants", calibration),
+    "calibrate": ("The planner's prices", calibration),
+    "regret": ("The planner's choices", choices),
 }
 
 

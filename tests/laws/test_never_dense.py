@@ -111,7 +111,7 @@ def test_the_trait_is_declared_by_those_that_the_benchmarks_name():
 
 def builds_the_weight(monkeypatch):
     """The planner takes the plan that builds W', as it does for structures that declare nothing."""
-    monkeypatch.setattr(planner, "_choose", lambda program, expr, tokens, memory: ("effective", memory))
+    monkeypatch.setattr(planner, "_choose", lambda program, expr, tokens, memory, prices: ("effective", memory))
     monkeypatch.setattr(planner, "_fused_form", lambda expr, base: None)
 
 

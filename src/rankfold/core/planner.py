@@ -151,7 +151,7 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
             )
     tokens = x.numel() // x.shape[-1]
     if plan == "auto":
-        plan, memory = _choose(program, expr, tokens, memory)
+        plan, memory = _choose(program, expr, tokens, memory, costs.prices_of(x.dtype))
     if plan == "plain":
         return _plain(program, x, bias)
     if plan == "effective":
@@ -161,7 +161,7 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
             )
         return _Effective.apply(program, x, bias, *program.leaves)
     if memory == "auto":
-        memory = "recompute" if costs.prefer_recompute(_extra(expr, program.base, tokens), program.base.flops(tokens)) else "keep"
+        memory = _memory(costs.terms_cost(expr, program.base, tokens, costs.prices_of(x.dtype)), program.base, tokens)
     return _structured(program, expr, x, bias, memory)
 
 
@@ -247,24 +247,26 @@ def _norm(program: Program, op: Magnitude, f: Fused) -> Tensor:
     return norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
 
 
-def _extra(expr: Operator, base: Base, tokens: int) -> int:
-    return max(0, expr.flops(tokens) - base.flops(tokens))
+def _memory(terms: float, base: Base, tokens: int) -> str:
+    return "recompute" if costs.prefer_recompute(terms, base.flops(tokens)) else "keep"
 
 
-def _choose(program: Program, expr: Operator, tokens: int, memory: str) -> tuple[str, str]:
+def _choose(program: Program, expr: Operator, tokens: int, memory: str, prices: costs.Prices) -> tuple[str, str]:
     grad = torch.is_grad_enabled()
-    extra, own = _extra(expr, program.base, tokens), program.base.flops(tokens)
+    terms = costs.terms_cost(expr, program.base, tokens, prices)
     splits = _splits(expr, program.base)
     if memory == "auto":
-        memory = "recompute" if costs.prefer_recompute(extra, own) else "keep"
+        memory = _memory(terms, program.base, tokens)
     if not program.dense_ok:
         return ("structured" if splits else "plain"), memory
     if not splits:
-        return "effective", memory
+        return "effective", "recompute"
     if program.never_dense:
         return "structured", memory
-    structured = costs.structured_cost(extra, memory == "keep", grad)
-    return ("structured" if structured <= costs.effective_cost(expr, tokens, grad) else "effective"), memory
+    structured = costs.structured_cost(terms, memory == "keep", grad)
+    if structured <= costs.effective_cost(expr, tokens, grad, prices):
+        return "structured", memory
+    return "effective", "recompute"
 
 
 def _splits(expr: Operator, base: Base) -> bool:
@@ -406,12 +408,13 @@ def explain(program: Program, tokens: int, memory: str = "auto", x: Tensor | Non
     reading = describe(expr, program.base)
     if _fused_form(expr, program.base) is not None:
         return {"plan": "fused", "memory": "recompute" if memory == "recompute" else "keep", "expression": reading}
-    plan, memory = _choose(program, expr, tokens, memory)
-    extra = _extra(expr, program.base, tokens)
+    prices = costs.prices_of(program.base.dtype)
+    plan, memory = _choose(program, expr, tokens, memory, prices)
+    terms = costs.terms_cost(expr, program.base, tokens, prices)
     return {
         "plan": plan,
         "memory": memory,
         "expression": reading,
-        "structured": costs.structured_cost(extra, memory == "keep", True),
-        "effective": costs.effective_cost(expr, tokens, True),
+        "structured": costs.structured_cost(terms, memory == "keep", True),
+        "effective": costs.effective_cost(expr, tokens, True, prices),
     }

@@ -148,6 +148,7 @@ class _MagnitudeLinear(torch.autograd.Function):
             if ctx.vanished:
                 vanished = gain.abs() < VANISHED
                 rows = flagged(vanished)
+                assert x is not None
                 mend(gm, vanished, rows, _recomputed(ctx, rows, g, x, h, drop, norm, B, A, B0, A0))
                 vanished[rows] = False
                 gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved

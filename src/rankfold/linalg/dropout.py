@@ -29,23 +29,27 @@ class Mask:
 
     def times(self, x: Tensor) -> Tensor:
         """x ∘ z / (1 − p), in a fresh tensor."""
-        if self.kept is not None:
+        gone = self.gone
+        if gone is None:
+            assert self.kept is not None
             return x * self.kept.to(x.dtype).mul_(1.0 / (1.0 - self.p))
         y = (x * (1.0 / (1.0 - self.p))).contiguous()
         if y.requires_grad:  # a change in place of a view is the slower one to differentiate
-            return y.view(-1).index_fill(0, self.gone, 0.0).view(x.shape)
-        y.view(-1).index_fill_(0, self.gone, 0.0)
+            return y.view(-1).index_fill(0, gone, 0.0).view(x.shape)
+        y.view(-1).index_fill_(0, gone, 0.0)
         return y
 
     def add_product(self, y: Tensor, h: Tensor, A: Tensor, scale: float) -> None:
         """y += scale · (h A) ∘ z / (1 − p), in place."""
-        if self.kept is not None:
+        gone = self.gone
+        if gone is None:
+            assert self.kept is not None
             y.addcmul_(h @ A, self.kept.to(y.dtype), value=scale / (1.0 - self.p))
         elif y.is_contiguous():
             flat = y.view(-1)
-            before = flat.index_select(0, self.gone)
+            before = flat.index_select(0, gone)
             y.addmm_(h, A, alpha=scale / (1.0 - self.p))
-            flat.index_copy_(0, self.gone, before)
+            flat.index_copy_(0, gone, before)
         else:
             y.add_(self.times(h @ A), alpha=scale)
 
