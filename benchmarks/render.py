@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,34 @@ def steps(benchmark: str, cells: Cells) -> str:
 
     head = ("cell", "floor", "ours / floor", "wall", "peft / floor", "ours / peft", "reach")
     return STEP_INTRO + " CPU time; wall time beside it.\n\n" + table(head, rows())
+
+
+def structures(cells: Cells) -> str:
+    """Geometric means over what is there; the median beside them, since one structure can carry a mean."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in cells.values():
+        groups.setdefault((row["cell"]["dtype"], row["cell"]["tokens"]), []).append(row)
+    parts = [
+        "Llama as in B1, all linear layers, peft's default options, equal tensors: the outputs and gradients of both agree. "
+        "Reach: mean ours / peft at most 0.65 over 20 structures and more, none slower than peft."
+    ]
+    for (dtype, tokens), rows in groups.items():
+        ratios = sorted(row["ratios"]["ours/peft"]["cpu"][0] for row in rows)
+        mean = math.exp(sum(math.log(r) for r in ratios) / len(ratios))
+        lines = (
+            (
+                f"`{row['cell']['method']}`", str(row["cell"]["rank"]), f"{row['parameters']['ours']:,}",
+                _interval(row["ratios"]["ours/floor"]["cpu"]), f"{row['ratios']['peft/floor']['cpu'][0]:.3f}",
+                f"{row['ratios']['ours/peft']['cpu'][0]:.3f}",
+            )
+            for row in rows
+        )  # fmt: skip
+        parts.append(
+            f"**{dtype}, {tokens} tokens**: geometric mean ours / peft **{mean:.3f}** over {len(ratios)}, "
+            f"median {statistics.median(ratios):.3f}, worst {ratios[-1]:.3f}.\n\n"
+            + table(("structure", "rank", "parameters", "ours / floor", "peft / floor", "ours / peft"), lines)
+        )
+    return "\n\n".join(parts)
 
 
 def kept(cells: Cells) -> str:
@@ -225,6 +255,7 @@ def _conditions(cells: Cells) -> str:
 SECTIONS = {
     "B1": ("B1: a LoRA step", lambda cells: steps("B1", cells)),
     "B2": ("B2: a DoRA step", lambda cells: steps("B2", cells)),
+    "B3": ("B3: every structure that peft has too", structures),
     "B4": ("B4: bytes", kept),
     "B5": ("B5: many adapters", bank),
     "B7": ("B7: fidelity", lambda cells: faults(cells) + "\n\n" + fidelity(cells)),

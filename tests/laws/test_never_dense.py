@@ -20,8 +20,8 @@ from .subjects import decorators, plain_structures, refused_by, shake, small, su
 
 OUT, IN = 352, 80
 TOKENS = (257, 2053)
-"""Primes: what is as large as the weight and no multiple of the tokens is no activation. The positions that a dropout of 0.1 drops
-at 2053 tokens are fewer than the weight's entries."""
+"""Primes: what is as large as the weight and no multiple of the tokens is no activation. The positions that a dropout of 0.1
+drops at 2053 tokens are fewer than the entries of the weight."""
 
 
 class Tracker(TorchDispatchMode):
