@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: B1, B2, B4 at 256 tokens, B5, B7, B11 and the calibration; `--all`: every cell, resumed."""
+"""`python -m benchmarks`: B1 to B4 at 256 tokens, B5, B7, B11, the planner's prices and choices; `--all`: all, resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 
 import torch
 
-from . import b1_step, b4_bytes, b5_bank, b7_fidelity, b11_startup, calibrate, experts
+from . import b1_step, b3_structures, b4_bytes, b5_bank, b7_fidelity, b11_startup, calibrate, experts, regret
 from .protocol import conditions
 from .render import PAGE, render
 from .results import FOLDER, Results
@@ -21,12 +21,14 @@ __all__ = ["BENCHMARKS", "main"]
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "B1": b1_step.run,
     "B2": b1_step.run,
+    "B3": b3_structures.run,
     "B4": b4_bytes.run,
     "B5": b5_bank.run,
     "B7": b7_fidelity.run,
     "B11": b11_startup.run,
     "experts": experts.run,
     "calibrate": calibrate.run,
+    "regret": regret.run,
 }
 
 

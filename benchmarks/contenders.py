@@ -106,7 +106,8 @@ class Contenders:
 
 def _relative_norm(pairs: list[tuple[Any, Any]]) -> float:
     """‖a − b‖ / ‖b‖ over all tensors together: one tensor whose gradient nearly cancels says nothing in bfloat16."""
-    lost = sum(float((a.double() - b.reshape(a.shape).double()).square().sum()) for a, b in pairs)
+    aligned = [(a, b.mT if b.ndim == 2 and b.shape == a.shape[::-1] != a.shape else b.reshape(a.shape)) for a, b in pairs]
+    lost = sum(float((a.double() - b.double()).square().sum()) for a, b in aligned)
     return (lost / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5
 
 

@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rankfold.kernels import watching
+
 __all__ = ["Timing", "conditions", "interleave", "kept_bytes", "peak_bytes", "relative"]
 
 Step = Callable[[], None]
@@ -83,13 +85,12 @@ def kept_bytes(run: Callable[[], Any], known: set[int]) -> int:
     """Bytes that autograd keeps during `run`, each storage once, without those in `known` (parameters and inputs)."""
     held: dict[int, torch.UntypedStorage] = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def look(t: torch.Tensor) -> None:
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             held[storage.data_ptr()] = storage  # held until the end, so that no address is used twice
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(look):
         keep = run()
     del keep
     return sum(storage.nbytes() for storage in held.values())

@@ -54,10 +54,9 @@ def why(benchmark: str, cell: Mapping[str, Any]) -> str:
     """What a profile says of a figure that is missed; the numbers are of one linear of 512 x 512 at 256 tokens."""
     dora, bf16 = cell["method"] == "dora", cell["dtype"] == "bfloat16"
     if benchmark == "B4":
-        x = "x of the norms' outputs and of down_proj, which the floor does not keep, makes 1.23 by itself"
-        return x + (", y of q, k, o and down_proj 0.19 more" if dora else "")
+        return "x of the norms' outputs, which the floor does not keep" + (", and y of q, k, o and down_proj" if dora else "")
     if cell["dropout"]:
-        return "masks are drawn twice, forward and backward: 0.2 ms beside products of 2.4 ms (bf16: 0.56 ms)"
+        return "positions to drop are drawn once and set three times: 0.13 ms beside products of 2.4 ms (bf16: 0.56 ms)"
     if dora and bf16:
         return "norms and elementwise passes take 0.16 ms, low-rank products 0.15 ms, beside 0.56 ms of the base's products"
     if bf16:

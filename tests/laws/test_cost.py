@@ -178,7 +178,7 @@ def trains_the_frozen(monkeypatch):
 def keeps_casts(monkeypatch):
     """A low-rank path in plain autograd, which keeps bf16 copies of its factors and every intermediate."""
 
-    def lowrank_linear(x, base, bias, B, A, scale=1.0, B0=None, A0=None, drop=None, path=None):
+    def lowrank_linear(x, base, bias, B, A, scale=1.0, B0=None, A0=None, drop=None, path=None, memory="auto"):
         y = base.matmul(x, bias)
         return (y * 1.0) * torch.ones_like(y) + scale * ((x @ A.to(x.dtype).mT) @ B.to(x.dtype).mT)
 

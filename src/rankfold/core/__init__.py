@@ -15,7 +15,7 @@ _HOME = {
     "Stack": "structure", "StartContext": "structure", "Structure": "structure", "Tensors": "structure", "kaiming": "structure",
     "TooLarge": "structure", "Unfit": "structure",
     "ScaledStructure": "scaled", "pair": "scaled",
-    "layers": "structure", "trait": "structure",
+    "layers": "structure", "never_dense": "structure", "trait": "structure",
     "PLANS": "planner", "Program": "planner", "explain": "planner", "run": "planner",
     "Member": "store", "Slot": "store", "Store": "store", "Extra": "store", "store_of": "store",
     "Host": "host", "site_program": "host",
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         Unfit,
         kaiming,
         layers,
+        never_dense,
         trait,
     )
     from .targets import Targets, every_site, find_sites

@@ -19,7 +19,49 @@ from .site import Site
 
 __all__ = ["Base", "DenseBase", "base_of", "stored_tensors"]
 
-CHUNK_BYTES = 256 << 20
+PIECES = 8
+"""In how many parts a weight is cast to another dtype: its copy is never there as a whole, nor kept for a backward pass."""
+
+
+def _cast_in_pieces(W: Tensor, x: Tensor) -> bool:
+    if W.dtype == x.dtype or W.ndim != 2 or W.requires_grad:
+        return False
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _pieces(W: Tensor) -> tuple[Tensor, ...]:
+    return W.split(-(-W.shape[0] // PIECES))
+
+
+class _Forward(torch.autograd.Function):
+    """x Wᵀ for a frozen W [out, in] of another dtype; as often differentiable as anybody likes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return torch.cat([F.linear(x, like(part, x)) for part in _pieces(W)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Backward.apply(g, *ctx.saved_tensors), None
+
+
+class _Backward(torch.autograd.Function):
+    """g W, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        parts = _pieces(W)
+        flat = g.reshape(-1, g.shape[-1])
+        gx = flat.new_zeros(len(flat), W.shape[1])
+        for own, part in zip(flat.split([len(p) for p in parts], -1), parts):
+            gx.addmm_(own, like(part, g))
+        return gx.view(*g.shape[:-1], W.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        return _Forward.apply(v, *ctx.saved_tensors), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +113,10 @@ class Base(Operator):
         """What folding puts in the place of the parameter `stored`: W' of the whole storage."""
         raise NotImplementedError
 
+    def row_dot(self, other: Operator) -> Tensor:
+        """What `other` knows of the product: mostly a cheaper way than two matrices."""
+        return super().row_dot(other) if isinstance(other, Base) else other.row_dot(self)
+
     def trains(self) -> bool:
         """Whether somebody unfroze the stored weight: then only the plain plan is right."""
         return False
@@ -118,14 +164,14 @@ class DenseBase(Base):
         W = self.W
         if W.ndim > 2:  # a stack of maps, each beside its own x; biases are the kind's affair
             return x @ like(W, x).mT
-        if W.dtype != x.dtype and W.numel() * 4 > CHUNK_BYTES:  # a raised copy of a large weight is made piece by piece
-            rows = max(1, CHUNK_BYTES // (4 * W.shape[1]))
-            y = torch.cat([F.linear(x, like(part, x)) for part in W.split(rows)], -1)
+        if _cast_in_pieces(W, x):
+            y = _Forward.apply(x, W)
             return y if bias is None else y + like(bias, y)
         return F.linear(x, like(W, x), None if bias is None else like(bias, x))
 
     def rmatmul(self, g: Tensor) -> Tensor:
-        return g @ like(self.W, g)
+        W = self.W
+        return _Backward.apply(g, W) if _cast_in_pieces(W, g) else g @ like(W, g)
 
     def dense(self) -> Tensor:
         return at_least_float32(self.W)
@@ -164,9 +210,8 @@ class DenseBase(Base):
 
     @torch.no_grad()
     def _row_sqnorm(self) -> Tensor:
-        W = self.W
-        rows = max(1, CHUNK_BYTES // (4 * W[0].numel()))
-        return torch.cat([at_least_float32(part).square().sum(-1) for part in W.split(rows)])
+        W = self.W  # the reduction raises what it reads: no float32 copy, no matrix of squares
+        return torch.linalg.vector_norm(W, dim=-1, dtype=torch.promote_types(W.dtype, torch.float32)).square()
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.shape[0] * self.shape[1]

@@ -23,7 +23,7 @@ from .readers import children_read, is_reader, unfused
 from .rows import into_output, run_beside
 from .sharding import close
 from .store import Extra, Slot, Store
-from .structure import Context, SideModule, trait
+from .structure import Context, SideModule, never_dense, trait
 
 __all__ = ["Host", "fold_weight", "host_module", "hosted", "release_module", "site_program", "swapped"]
 
@@ -199,7 +199,8 @@ def site_program(store: Store, slots: Sequence[Slot], training: bool, outside: b
             terms.append(Scaled(difference(expr, base), number))
         return Sum(tuple(terms))
 
-    return Program(base, build, leaves, not (stochastic or needs_x), needs_x)
+    factored = all(never_dense(slot.structure) for slot in slots)
+    return Program(base, build, leaves, not (stochastic or needs_x), needs_x, factored)
 
 
 def _seed() -> int | Tensor:

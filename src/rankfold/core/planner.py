@@ -54,7 +54,8 @@ class Program:
     """What runs at one site: `build(leaves, x)` makes the expression in `base` from the site's tensors (and x, where a gate
     looks at it).
 
-    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists.
+    `dense_ok` is False where the expression depends on the input or on chance, so that no W' exists; `never_dense` says that the
+    structures promise never to build it, and holds for plan "auto".
     An expression whose every tensor is one of `leaves` computes nothing when built: it is made once and kept with its fused form.
     `path` is the form of the fused kernels for the base's device, None the reference.
     """
@@ -64,6 +65,7 @@ class Program:
     leaves: Sequence[Tensor]
     dense_ok: bool = True
     needs_x: bool = False
+    never_dense: bool = False
     kept: tuple[Operator, Fused | None] | None = None
     path: ModuleType | None = None
 
@@ -123,7 +125,8 @@ def run(program: Program, x: Tensor, bias: Tensor | None = None, plan: str = "au
         LayoutError: the plan named cannot run this expression (no fused form; no W' where a gate depends on the input; a base
             that trains, whose gradient the custom functions do not give).
     """
-    require_known(plan, memory)
+    if plan not in PLANS or memory not in MEMORY:
+        require_known(plan, memory)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         if x.is_floating_point() and x.dtype != torch.float64:
@@ -146,14 +149,14 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
     if plan in ("auto", "fused"):
         fused = program.kept[1] if program.kept is not None else _fused_form(expr, program.base)
         if fused is not None:
-            return _run_fused(program, fused, x, bias)
+            return _run_fused(program, fused, x, bias, memory)
         if plan == "fused":
             raise LayoutError(
                 f"plan 'fused': no fused form for {describe(expr, program.base)}; allowed here: structured, effective, plain"
             )
     tokens = x.numel() // x.shape[-1]
     if plan == "auto":
-        plan, memory = _choose(program, expr, tokens, memory)
+        plan, memory = _choose(program, expr, tokens, memory, costs.prices_of(x.dtype))
     if plan == "plain":
         return _plain(program, x, bias)
     if plan == "effective":
@@ -163,7 +166,7 @@ def _run(program: Program, x: Tensor, bias: Tensor | None, plan: str, memory: st
             )
         return _Effective.apply(program, x, bias, *program.leaves)
     if memory == "auto":
-        memory = "recompute" if costs.prefer_recompute(_extra(expr, program.base, tokens), program.base.flops(tokens)) else "keep"
+        memory = _memory(costs.terms_cost(expr, program.base, tokens, costs.prices_of(x.dtype)), program.base, tokens)
     return _structured(program, expr, x, bias, memory)
 
 
@@ -227,14 +230,14 @@ def _fused_form(expr: Operator, base: Base) -> Fused | None:
     return Fused(magnitude, *factors) if factors is not None else None
 
 
-def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None) -> Tensor:
+def _run_fused(program: Program, f: Fused, x: Tensor, bias: Tensor | None, memory: str) -> Tensor:
     path = None if x.dtype == torch.float64 else program.path
     if f.magnitude is None:
         assert f.B is not None
         assert f.A is not None
-        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
+        return lowrank_linear(x, program.base, bias, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path, memory)
     m, norm = like_master(f.magnitude.m), _norm(program, f.magnitude, f)
-    return magnitude_linear(x, program.base, bias, m, norm, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path)
+    return magnitude_linear(x, program.base, bias, m, norm, f.B, f.A, f.scale, f.B0, f.A0, f.drop, path, memory)
 
 
 def like_master(m: Tensor) -> Tensor:
@@ -249,22 +252,26 @@ def _norm(program: Program, op: Magnitude, f: Fused) -> Tensor:
     return norms(program.base, f.B, f.A, f.scale, f.B0, f.A0, op.floor)
 
 
-def _extra(expr: Operator, base: Base, tokens: int) -> int:
-    return max(0, expr.flops(tokens) - base.flops(tokens))
+def _memory(terms: float, base: Base, tokens: int) -> str:
+    return "recompute" if costs.prefer_recompute(terms, base.flops(tokens)) else "keep"
 
 
-def _choose(program: Program, expr: Operator, tokens: int, memory: str) -> tuple[str, str]:
+def _choose(program: Program, expr: Operator, tokens: int, memory: str, prices: costs.Prices) -> tuple[str, str]:
     grad = torch.is_grad_enabled()
-    extra, own = _extra(expr, program.base, tokens), program.base.flops(tokens)
+    terms = costs.terms_cost(expr, program.base, tokens, prices)
     splits = _splits(expr, program.base)
     if memory == "auto":
-        memory = "recompute" if costs.prefer_recompute(extra, own) else "keep"
+        memory = _memory(terms, program.base, tokens)
     if not program.dense_ok:
         return ("structured" if splits else "plain"), memory
     if not splits:
-        return "effective", memory
-    structured = costs.structured_cost(extra, memory == "keep", grad)
-    return ("structured" if structured <= costs.effective_cost(expr, tokens, grad) else "effective"), memory
+        return "effective", "recompute"
+    if program.never_dense:
+        return "structured", memory
+    structured = costs.structured_cost(terms, memory == "keep", grad)
+    if structured <= costs.effective_cost(expr, tokens, grad, prices):
+        return "structured", memory
+    return "effective", "recompute"
 
 
 def _splits(expr: Operator, base: Base) -> bool:
@@ -405,13 +412,14 @@ def explain(program: Program, tokens: int, memory: str = "auto", x: Tensor | Non
     expr = program.expression(x=x)
     reading = describe(expr, program.base)
     if _fused_form(expr, program.base) is not None:
-        return {"plan": "fused", "memory": "keep", "expression": reading}
-    plan, memory = _choose(program, expr, tokens, memory)
-    extra = _extra(expr, program.base, tokens)
+        return {"plan": "fused", "memory": "recompute" if memory == "recompute" else "keep", "expression": reading}
+    prices = costs.prices_of(program.base.dtype)
+    plan, memory = _choose(program, expr, tokens, memory, prices)
+    terms = costs.terms_cost(expr, program.base, tokens, prices)
     return {
         "plan": plan,
         "memory": memory,
         "expression": reading,
-        "structured": costs.structured_cost(extra, memory == "keep", True),
-        "effective": costs.effective_cost(expr, tokens, True),
+        "structured": costs.structured_cost(terms, memory == "keep", True),
+        "effective": costs.effective_cost(expr, tokens, True, prices),
     }

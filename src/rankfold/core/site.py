@@ -58,8 +58,10 @@ class Site:
     @property
     def param(self) -> str:
         """Name of the weight within that module; with the child's where a child holds it."""
+        if self.kind not in WITHIN:
+            return "weight"
         last = self.name.rpartition(".")[2]
-        return CHILD.get((self.kind, last), last) if self.kind in WITHIN else "weight"
+        return CHILD.get((self.kind, last), last)
 
     @property
     def weight(self) -> str:

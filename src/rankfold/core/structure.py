@@ -39,6 +39,7 @@ __all__ = [
     "added",
     "kaiming",
     "layers",
+    "never_dense",
     "trait",
 ]
 
@@ -139,6 +140,8 @@ class Structure(Options):
         acts_on_input: multiplies W from the right: refused where the input is a vocabulary.
         reads_entries: multiplies entries or blocks of W: refused over a structure that leaves no one weight to read.
         kinds: site kinds that it is meant for; None means all.
+        never_dense: at a linear layer or an embedding no pass makes a tensor of out·in entries, forward or backward, whatever
+            the number of tokens; the planner keeps to it, and a chain does where every layer does.
         owns: trains its own copy of the weight: every other parameter of the model is then owned as well.
         exempt: {law: reason}, printed by `rankfold methods`.
     """
@@ -149,6 +152,7 @@ class Structure(Options):
     acts_on_input: ClassVar[bool] = False
     reads_entries: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str] | None] = None
+    never_dense: ClassVar[bool] = False
     owns: ClassVar[bool] = False
     exempt: ClassVar[Mapping[str, str]] = {}
 
@@ -309,6 +313,11 @@ def layers(structure: Structure) -> list[Structure]:
     if isinstance(structure, Decorator):
         return [structure, *layers(structure.inner)]
     return [structure]
+
+
+def never_dense(structure: Structure) -> bool:
+    """Whether every layer of the chain declares that it makes no tensor of the weight's size."""
+    return all(layer.never_dense for layer in layers(structure))
 
 
 def trait(structure: Structure, name: str) -> bool:

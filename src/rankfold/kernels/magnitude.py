@@ -16,10 +16,21 @@ from torch import Tensor
 from rankfold.errors import LayoutError
 from rankfold.linalg.flags import answers, flagged, mend
 
-from .lowrank import Drop, combine, gradients, stack_factors
+from .lowrank import Drop, combine, drawn, gradients, input_to_keep, kept_drop, kept_input, positions, shrink, stack_factors
 from .once import once
 
-__all__ = ["amplify", "apply_gain", "combine", "gradients", "magnitude_linear", "pull_gain", "pull_magnitude", "row_norms"]
+__all__ = [
+    "amplify",
+    "apply_gain",
+    "combine",
+    "drawn",
+    "gradients",
+    "magnitude_linear",
+    "pull_gain",
+    "pull_magnitude",
+    "row_norms",
+    "shrink",
+]
 
 VANISHED = 1e-6
 CANCELLED = 1e-4
@@ -79,34 +90,46 @@ def row_norms(
 
 class _MagnitudeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path):
+    def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path, memory):
         flat = x.reshape(-1, x.shape[-1])
         u = base.matmul(flat)
-        h = None
+        h, drop = None, path.drawn(p_seed, flat)
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, x.dtype)
-            h = path.combine(u, flat, Bs, As, scale, p_seed)
-        y = path.apply_gain(u, m / norm, bias)
+            h = path.combine(u, flat, Bs, As, scale, drop)
+        gain = m / norm
+        y = path.apply_gain(u, gain, bias)
         y = y.resize_(*x.shape[:-1], y.shape[-1])  # not a view: see `lowrank`
         need_m, need_B, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         # where a gain vanished y no longer tells u, and the gradient of m needs x
-        keep_x = need_A or (need_m and (not answers(x.device) or bool((m.abs() < VANISHED * norm).any())))
-        ctx.save_for_backward(flat if keep_x else None, h if need_B else None, y if need_m else None, bias, m, norm, B, A, B0, A0)
+        ctx.vanished = need_m and (not answers(x.device) or bool((gain.abs() < VANISHED).any()))
+        keep_x = need_A or ctx.vanished
+        keep_h = need_B and not (memory == "recompute" and keep_x)
+        kept = input_to_keep(x, memory) if keep_x else (None, None)
+        ctx.save_for_backward(
+            *kept, h if keep_h else None, positions(drop, memory), y if need_m else None, bias, m, norm, B, A, B0, A0
+        )
         ctx.base, ctx.scale, ctx.p_seed, ctx.shape, ctx.path = base, scale, p_seed, x.shape, path
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, gy):
-        x, h, y, bias, m, norm, B, A, B0, A0 = _saved(ctx)
+        *kept, h, gone, y, bias, m, norm, B, A, B0, A0 = _saved(ctx)
+        x, drop = kept_input(*kept), kept_drop(ctx.p_seed, gone)
         g = gy.reshape(-1, gy.shape[-1])
-        gu, total = ctx.path.pull_gain(g, m / norm, None if y is None else y.reshape(g.shape), bias)
-        gm = None if total is None else pull_magnitude(ctx, total, g, x, h, m, norm, B, A, B0, A0)
+        if h is None and x is not None and ctx.needs_input_grad[4]:
+            h = ctx.path.shrink(x, stack_factors(B, A, B0, A0, x.dtype)[1], drop)
+        gain = m / norm
+        gu, total = ctx.path.pull_gain(g, gain, None if y is None else y.reshape(g.shape), bias)
+        gm = None
+        if total is not None:
+            gm = pull_magnitude(ctx, total, g, x, h, drop, m, norm, B, A, B0, A0) if ctx.vanished else total / m
         gx = ctx.base.rmatmul(gu) if ctx.needs_input_grad[0] else None
         gB = gA = None
         if B is not None:
             Bs, As = stack_factors(B, A, B0, A0, g.dtype)
-            gB, gA = ctx.path.gradients(gu, gx, x, h, Bs, As, ctx.scale, A.shape[0], ctx.p_seed)
+            gB, gA = ctx.path.gradients(gu, gx, x, h, Bs, As, ctx.scale, A.shape[0], drop)
         gb = g.sum(0) if ctx.needs_input_grad[1] else None
         return (
             None if gx is None else gx.view(ctx.shape),
@@ -115,7 +138,7 @@ class _MagnitudeLinear(torch.autograd.Function):
             None,
             None if gB is None else gB.to(B.dtype, memory_format=torch.contiguous_format),
             None if gA is None else gA.to(A.dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -131,28 +154,30 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         ) from error
 
 
-def pull_magnitude(run: Any, total: Tensor, g: Tensor, x: Any, h: Any, m: Tensor, norm: Tensor, B, A, B0, A0) -> Tensor:
-    """∂m from total = Σ_t g ⊙ (y − bias) and, where a gain vanished, from x; `run` has base, path, scale and p_seed."""
+def pull_magnitude(
+    run: Any, total: Tensor, g: Tensor, x: Any, h: Any, drop: Any, m: Tensor, norm: Tensor, B, A, B0, A0
+) -> Tensor:
+    """∂m from total = Σ_t g ⊙ (y − bias) and, where a gain vanished, from x; `run` has base, path and scale."""
     gm = total / m
-    vanished = m.abs() < VANISHED * norm
+    vanished = (m / norm).abs() < VANISHED
     rows = flagged(vanished)
     if len(rows):
-        gm = mend(gm, vanished, rows, _recomputed(run, rows, g, x, h, norm, B, A, B0, A0))
+        gm = mend(gm, vanished, rows, _recomputed(run, rows, g, x, h, drop, norm, B, A, B0, A0))
         vanished[rows] = False
         gm = gm.masked_fill(vanished, 0.0)  # those beyond AT_ONCE wait until the others have moved
     return gm
 
 
-def _recomputed(ctx: Any, rows: Tensor, g: Tensor, x: Tensor, h: Any, norm: Tensor, B, A, B0, A0) -> Tensor:
+def _recomputed(run: Any, rows: Tensor, g: Tensor, x: Tensor, h: Any, drop: Any, norm: Tensor, B, A, B0, A0) -> Tensor:
     """Σ_t g·u / n for rows whose gain is nearly zero, so that y no longer tells u."""
-    W = ctx.base.rows(rows).to(norm.dtype)
+    W = run.base.rows(rows).to(norm.dtype)
     u = torch.cat([part.to(norm.dtype) @ W.mT for part in x.split(TOKENS)])  # a raised copy of a few tokens at a time
     if B is not None:
         Bs, As = stack_factors(B[rows], A, None if B0 is None else B0[rows], A0, norm.dtype)
         if h is None:
-            ctx.path.combine(u, x.to(norm.dtype), Bs, As, ctx.scale, ctx.p_seed)
+            run.path.combine(u, x.to(norm.dtype), Bs, As, run.scale, drop)
         else:
-            u.addmm_(h.to(norm.dtype), Bs.mT, alpha=ctx.scale)
+            u.addmm_(h.to(norm.dtype), Bs.mT, alpha=run.scale)
     return (g[:, rows].to(norm.dtype) * u).sum(0) / norm[rows]
 
 
@@ -169,13 +194,15 @@ def magnitude_linear(
     A0: Tensor | None = None,
     p_seed: Drop = None,
     path: Any = None,
+    memory: str = "auto",
 ) -> Tensor:
     """(m / norm) ⊙ (x Wᵀ + s·(drop(x) Aᵀ) Bᵀ) + bias; `norm` [out] is a constant of the backward pass.
 
     Args:
-        path: a module with `combine`, `gradients`, `apply_gain` and `pull_gain`, as `path_for` chooses it; the reference by
-            default. Where a gain vanished (m below 1e-6 of the norm), the gradient of m comes from x; on an accelerator, which
-            can't be asked how many there are, for 16 such rows in each step, and is zero for the others.
+        path: a module of what the reference offers under the same names, as `path_for` chooses it; the reference by default.
+            Where a gain vanished (m below 1e-6 of the norm), the gradient of m comes from x; on an accelerator, which can't be
+            asked how many there are, for 16 such rows in each step, and is zero for the others.
+        memory: auto, keep or recompute: see `lowrank`.
 
     Raises:
         LayoutError: (from the backward pass) what follows changed the output in place, which the gradient of m reads.
@@ -188,4 +215,4 @@ def magnitude_linear(
     >>> magnitude_linear(x, W(torch.ones(2, 3)), None, torch.tensor([2.0, 4.0]), torch.tensor([2.0, 2.0])).tolist()
     [[3.0, 6.0]]
     """
-    return _MagnitudeLinear.apply(x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path or sys.modules[__name__])
+    return _MagnitudeLinear.apply(x, bias, m, norm, B, A, B0, A0, base, scale, p_seed, path or sys.modules[__name__], memory)

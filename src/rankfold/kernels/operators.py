@@ -205,7 +205,7 @@ def _magnitude_pull(
     flat, run = _rows(x), Run(Weight(W), _form(g), scale, _drop(p, seed))
     g = _rows(g)
     gu, total = run.path.pull_gain(g, m / norm, _rows(y) if wanted[1] else None, bias)
-    gm = None if total is None else magnitude.pull_magnitude(run, total, g, flat, h, m, norm, B, A, None, None)
+    gm = None if total is None else magnitude.pull_magnitude(run, total, g, flat, h, run.p_seed, m, norm, B, A, None, None)
     gx = run.base.rmatmul(gu) if wanted[0] else None
     gB, gA = run.path.gradients(
         gu, gx, flat if wanted[3] else None, h if wanted[2] else None, B, A, scale, A.shape[0], run.p_seed

@@ -96,6 +96,28 @@ class Kronecker(Operator):
         P, Q = (at_least_float32(t).square().sum(-1) for t in (self.P, self.Q))
         return (P[..., :, None] * Q[..., None, :]).flatten(-2)
 
+    def columns(self, index: Tensor) -> Tensor:
+        j, k = index // self.Q.shape[-1], index % self.Q.shape[-1]
+        return (self.P.mT[..., j, :, None] * self.Q.mT[..., k, None, :]).flatten(-2)
+
+    def rows(self, index: Tensor) -> Tensor:
+        P, Q = at_least_float32(self.P), at_least_float32(self.Q)
+        i, k = index // Q.shape[-2], index % Q.shape[-2]
+        return (P[..., i, :, None] * Q[..., k, None, :]).flatten(-2)
+
+    def row_dot(self, other: Operator) -> Tensor:
+        """Row block by row block of `other`, contracted in the order of `matmul`: never out x in."""
+        if self.batch or other.batch:
+            return super().row_dot(other)
+        P, Q = at_least_float32(self.P), at_least_float32(self.Q)
+        a, b = Q.shape
+        block = torch.arange(a, device=self.device)
+        dots = []
+        for i, p in enumerate(P):  # [q]
+            own = other.rows(block + i * a).view(a, -1, b)  # [a, q, b]
+            dots.append((own @ Q.unsqueeze(-1).to(own.dtype)).squeeze(-1) @ p.to(own.dtype))
+        return torch.cat(dots)
+
     def flops(self, tokens: int) -> int:
         (p, q), (a, b) = self.P.shape[-2:], self.Q.shape[-2:]
         return 2 * tokens * min(q * a * (b + p), p * b * (q + a))

@@ -203,6 +203,18 @@ def test_a_dry_run_shows_the_sites_and_writes_nothing(folder, tmp_path, capsys):
     assert sum(row["parameters"] for row in sites) == result.metrics["parameters"]["trained"]
     assert result.metrics["memory"]["adapter"] == sum(row["bytes"] for row in sites)
     assert result.metrics["memory"]["activations"] > 0
+    assert result.metrics["plans"] == [{"plan": "fused", "memory": "keep", "sites": len(sites) - 1}]
+
+
+def test_a_dry_run_says_what_recomputing_saves(folder, tmp_path, capsys):
+    """Fewer bytes of activations, and the plan line that says why."""
+    kept, less = (
+        adapt_job(settings(folder, "classify", tmp_path / "run", dry_run=True, quiet=False, memory=memory)).metrics
+        for memory in ("keep", "recompute")
+    )
+    assert less["memory"]["activations"] < kept["memory"]["activations"]
+    assert [row["memory"] for row in less["plans"]] == ["recompute"]
+    assert "fused, recompute" in capsys.readouterr().out
 
 
 def test_the_screen_says_what_happened(folder, tmp_path, capsys):

@@ -21,7 +21,6 @@ NAMES = [type(s).__name__ for s in INNER]
 @pytest.fixture
 def masks(monkeypatch):
     """Multiples of 1 / (1 − p) that the passes draw, in order; whoever asks for the same seed and shape again gets the same."""
-    import rankfold.kernels.lowrank as kernel
     import rankfold.linalg.dropout as operator
 
     drawn: dict = {}
@@ -33,7 +32,6 @@ def masks(monkeypatch):
         return drawn[key].view(shape)
 
     monkeypatch.setattr(operator, "keep_mask", keep)
-    monkeypatch.setattr(kernel, "keep_mask", keep)
     return drawn
 
 

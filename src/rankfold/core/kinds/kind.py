@@ -127,7 +127,10 @@ def base_rows(module: nn.Module, like_site: Site, rows: tuple[int, int]) -> Base
 
 def held(module: nn.Module, site: Site) -> tuple[nn.Module, str]:
     """(the module whose parameter the site's weight is, its name there): the site's module, or a child that it reads."""
-    child, _, leaf = site.param.rpartition(".")
+    param = site.param
+    if "." not in param:
+        return module, param
+    child, _, leaf = param.rpartition(".")
     return (module.get_submodule(child) if child else module), leaf
 
 
@@ -142,7 +145,9 @@ def by_weight(groups: Sequence[list[Slot]]) -> dict[str, list[list[Slot]]]:
 def weight_of(module: nn.Module, site: Site) -> Tensor:
     """The stored weight of a site, as it is now."""
     owner, leaf = held(module, site)
-    weight = getattr(owner, leaf)
+    weight = owner._parameters.get(leaf)
+    if weight is None:  # a parametrisation, or a tensor that is no parameter
+        weight = getattr(owner, leaf)
     assert isinstance(weight, Tensor)
     return weight
 

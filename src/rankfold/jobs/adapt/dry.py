@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rankfold.core.store import Slot
 from rankfold.report import Column, console_table
 from rankfold.training.adaptation import Adaptation
 from rankfold.training.batches import to_device
+from rankfold.training.explain import explain
 
 from .memory import plan_memory, size_of
 from .run import Prepared
@@ -74,6 +76,11 @@ def dry_run(ready: Prepared, handle: Adaptation, screen: Screen) -> dict[str, An
     parts = {
         "base": plan.base, "adapter": plan.adapter, "gradients and moments": plan.training, "activations": plan.activations,
     }  # fmt: skip
+    longest_row = max(ready.task.length(ready.batches.rows[r]) for r in ready.batches.order(0)[longest])
+    plans = Counter((row["plan"], row["memory"]) for row in explain(model, longest_row * len(ready.batches.order(0)[longest])))
+    screen.say(
+        "plan", ", ".join(f"{plan}, {mode}: {n} sites" for (plan, mode), n in plans.items()) + f" (memory: {handle.store.memory})"
+    )
     screen.say(
         "memory", f"about {megabytes(plan.total)}: " + ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
     )
@@ -82,4 +89,5 @@ def dry_run(ready: Prepared, handle: Adaptation, screen: Screen) -> dict[str, An
         "dropped": handle.dropped,
         "parameters": {"trained": trained, "base": base},
         "memory": {**parts, "total": plan.total},
+        "plans": [{"plan": name, "memory": mode, "sites": n} for (name, mode), n in plans.items()],
     }

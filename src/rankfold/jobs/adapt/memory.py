@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.core.base import stored_tensors
 from rankfold.core.bases import is_packed
+from rankfold.kernels import watching
 from rankfold.training.adaptation import Adaptation
 
 __all__ = ["MemoryPlan", "plan_memory", "size_of"]
@@ -61,16 +62,15 @@ def plan_memory(model: nn.Module, adaptation: Adaptation, loss: Callable[[], Ten
     fixed = own | base.keys()
     kept: dict[int, int] = {}
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in fixed:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     mode = model.training
     model.train()
     try:
-        with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        with torch.random.fork_rng(devices=[]), watching(count):
             value = loss()  # alive while counting, so that no address is used twice
             del value
     finally:

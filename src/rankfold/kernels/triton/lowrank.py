@@ -5,7 +5,12 @@ from torch import Tensor
 from ..lowrank import Drop
 from .products import expand, masked, reduce, shrink
 
-__all__ = ["combine", "gradients"]
+__all__ = ["combine", "drawn", "gradients", "shrink"]
+
+
+def drawn(drop: Drop, x: Tensor) -> Drop:
+    """Drawn in the kernels, entry by entry."""
+    return drop
 
 
 def combine(y: Tensor, x: Tensor, Bs: Tensor, As: Tensor, scale: float, p_seed: Drop) -> Tensor:

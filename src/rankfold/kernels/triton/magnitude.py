@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lowrank import stack_factors
-from .lowrank import combine, gradients
+from .lowrank import combine, drawn, gradients, shrink
 from .products import cover
 
-__all__ = ["apply_gain", "combine", "gradients", "pull_gain", "row_norms"]
+__all__ = ["apply_gain", "combine", "drawn", "gradients", "pull_gain", "row_norms", "shrink"]
 
 CANCELLED = 1e-4
 ROWS, RANKS, WIDTH, TOKENS = 32, 64, 64, 64

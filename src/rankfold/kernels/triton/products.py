@@ -1,6 +1,6 @@
 """Products with one side of rank r, in Triton: H = (z ∘ X) Aᵀ, Y += s·z ∘ (H M) and s·Hᵀ (z ∘ X), with sums in float32.
 
-z is a dropout mask over 1 − p: the bits of `keep_mask`, drawn by whoever calls, so that it is the reference's own. It is applied
+z is a dropout mask over 1 − p: the reference's own, drawn by whoever calls. It is applied
 where the activation is read, no masked activation is ever stored.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankfold.linalg.dropout import keep_mask
+from rankfold.linalg.dropout import draw
 
 from ..lowrank import Drop
 
@@ -48,7 +48,7 @@ def cover(n: int, largest: int) -> int:
 
 def masked(shape: tuple[int, int] | torch.Size, drop: Drop, device: torch.device) -> Mask:
     """The mask that the reference draws from the same seed."""
-    return None if drop is None else (keep_mask(shape, drop[0], int(drop[1]), device), 1.0 / (1.0 - drop[0]))
+    return None if drop is None else (draw(shape, drop[0], int(drop[1]), device).entries(shape), 1.0 / (1.0 - drop[0]))
 
 
 @triton.jit

@@ -30,6 +30,7 @@ class Dropout(Decorator):
     """
 
     stochastic: ClassVar[bool] = True
+    never_dense: ClassVar[bool] = True
 
     p: Annotated[float, Ge(0), Lt(1)] = 0.1
 

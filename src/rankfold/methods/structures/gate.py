@@ -5,7 +5,7 @@ Fine-Tuning", 2023, arXiv:2303.10512, eq. 3.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rankfold.core import Context, Decorator, Site, Spec, Tensors, layers, register
 from rankfold.errors import CompositionError
@@ -29,6 +29,8 @@ class Gate(Decorator):
     >>> Gate(per="rank", inner=LoRA(rank=4)).tensors(Site("query", (12, 8)))["gate"].shape
     (4,)
     """
+
+    never_dense: ClassVar[bool] = True
 
     per: Literal["site", "row", "rank"] = "site"
     start: float = 1.0

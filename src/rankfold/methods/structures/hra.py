@@ -48,6 +48,7 @@ class HRA(Structure):
     """
 
     acts_on_input: ClassVar[bool] = True
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(2), MultipleOf(2)] = 8
     orthogonality: Annotated[float, Ge(0)] = 0.0

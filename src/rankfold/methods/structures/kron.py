@@ -6,7 +6,7 @@ Edalati et al., "KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
@@ -47,6 +47,8 @@ class Kron(ScaledStructure):
     >>> {name: spec.shape for name, spec in Kron(rank=4).tensors(Site("query", (512, 384))).items()}
     {'P': (16, 16), 'Q1': (32, 4), 'Q2': (4, 24)}
     """
+
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 16
     alpha: Annotated[float, Gt(0)] | None = None

@@ -33,6 +33,7 @@ class LoRA(ScaledStructure):
     """
 
     default: ClassVar[bool] = True
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 16
     alpha: Annotated[float, Gt(0)] | None = None

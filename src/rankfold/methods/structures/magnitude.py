@@ -5,6 +5,7 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.0935
 
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Magnitude(Decorator):
     >>> {name: (spec.role, spec.shape) for name, spec in dora.tensors(Site("query", (12, 8))).items()}
     {'B': ('B', (12, 4)), 'A': ('A', (4, 8)), 'm': ('magnitude', (12,))}
     """
+
+    never_dense: ClassVar[bool] = True
 
     detach: bool = True
 

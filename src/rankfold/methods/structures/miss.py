@@ -4,7 +4,7 @@ Kang & Yin, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Shar
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
@@ -31,6 +31,8 @@ class MiSS(Structure):
     >>> MiSS(rank=2, mini=1).delta(namedtuple("Tensors", "D")(D), Site("query", (2, 5))).dense().tolist()
     [[1.0, 2.0, 1.0, 2.0, 1.0], [1.0, 2.0, 1.0, 2.0, 1.0]]
     """
+
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 64
     mini: Annotated[int, Ge(1)] | None = None

@@ -42,6 +42,7 @@ class Mixture(ScaledStructure):
     """
 
     input_dependent: ClassVar[bool] = True
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 8
     experts: Annotated[int, Ge(1)] = 4

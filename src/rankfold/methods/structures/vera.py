@@ -4,7 +4,7 @@ Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 from torch import Tensor
@@ -38,6 +38,8 @@ class VeRA(Structure):
     >>> {name: (spec.scope, spec.shape, spec.trainable) for name, spec in VeRA(rank=4).tensors(site).items()}
     {'A': ('model', (4, 8), False), 'B': ('model', (12, 4), False), 'b': ('site', (12,), True), 'd': ('site', (4,), True)}
     """
+
+    never_dense: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 256
     start: float = 0.1
