@@ -196,17 +196,14 @@ def experts(cells: Cells) -> str:
         for row in cells.values():
             cell, ratios = row["cell"], row["ratios"]
             dtype = {"float32": "fp32", "bfloat16": "bf16"}[cell["dtype"]]
-            yield (
-                f"{cell['experts']} experts, {cell['chosen']} chosen, {cell['hidden']} x {cell['inner']}, "
-            f"{dtype}, {cell['tokens']} tokens",
-                f"{row['ms']['cpu']['floor']:.0f} ms",
-            _interval(ratios["ours/floor"]["cpu"]), _interval(ratios["loop/floor"]["cpu"]),
-                _interval(ratios["peft/floor"]["cpu"]), f"{ratios['ours/peft']['cpu'][0]:.3f}",
-            )  # fmt: skip
+            shape = f"{cell['chosen']} of {cell['experts']} experts, {cell['hidden']} x {cell['inner']}"
+            over = (_interval(ratios[f"{name}/floor"]["cpu"]) for name in ("ours", "loop", "peft"))
+            floor, beside = f"{row['ms']['cpu']['floor']:.0f} ms", f"{ratios['ours/peft']['cpu'][0]:.3f}"
+            yield (f"{shape}, {dtype}, {cell['tokens']} tokens", floor, *over, beside)
 
     text = (
-        "LoRA on both stacks of two layers, attention and router frozen; the floor runs the library's grouped products. Loop: "
-        "ours, one product after the other for each expert. peft: `target_parameters`. CPU time."
+        "LoRA on both stacks of two layers, attention and router frozen; the floor runs the library's grouped products. "
+        "Loop: ours, one product after the other for each expert. peft: `target_parameters`. CPU time."
     )
     return text + "\n\n" + table(("cell", "floor", "ours / floor", "loop / floor", "peft / floor", "ours / peft"), rows())
 

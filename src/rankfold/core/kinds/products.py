@@ -236,7 +236,7 @@ def _stacked(B: Tensor, A: Tensor, B0: Tensor | None, A0: Tensor | None, dtype: 
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """gain · (x by W, plus s·(drop(x) by A) by B) + bias. Keeps x if A trains, h = x by A if B trains, y or u if m does."""
+    """gain · (x by W, plus s·(drop(x) by A) by B) + bias. Keeps x if A trains, h = x by A if B does, y or u if the gain does."""
 
     @staticmethod
     def forward(ctx: Any, x, bias, m, norm, B, A, B0, A0, how, base, scale, dropped):
