@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,7 +336,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
 
 
 def test_a_weight_without_gradients_is_refused(model, batches):
-    packed = SimpleNamespace(weight=torch.zeros(2, 2, dtype=torch.int8))
+    packed = nn.Module()
+    packed.register_buffer("weight", torch.zeros(2, 2, dtype=torch.int8))
     from rankfold.errors import LayoutError
     from rankfold.training.statistics import _Pass
 
