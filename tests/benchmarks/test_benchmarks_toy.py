@@ -146,3 +146,9 @@ def test_reach_is_missed_above_the_bound_or_beside_peft():
     assert reach.met(1.16, 0.92)
     assert not reach.met(1.161, 0.5)
     assert not reach.met(1.0, 0.93)
+
+
+def test_the_page_of_the_committed_results_is_the_committed_page():
+    from benchmarks.results import FOLDER
+
+    assert render.page(FOLDER) == render.PAGE.read_text(encoding="utf-8")

@@ -112,3 +112,43 @@ def test_what_can_not_be_done_is_said(command, place, monkeypatch, arguments, sa
     assert code == 2
     assert said in err
     assert not (place / "p").exists()
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A small Mixtral on the disk, with an adapter of its experts in "ours"."""
+    import transformers as hf
+
+    config = hf.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    hf.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    model = hf.MixtralForCausalLM.from_pretrained(tmp_path / "model")
+    adaptation = rf.adapt(model, "lora", rank=2, targets="*.experts.*")
+    for p in adaptation.parameters():
+        p.data += 0.1
+    adaptation.save(tmp_path / "ours")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("peft", None),
+        ("folded", None),
+        ("gguf", None),
+        ("kohya", "is a stack of 3 maps (experts)"),
+        ("serving", "has no place for"),
+    ],
+)
+def test_adapters_of_experts_are_exported_or_refused_by_name(form, said, command, mixture):
+    out_folder = mixture / ("out.safetensors" if form == "kohya" else "out")
+    how = ("--model", mixture / "model", "--task", "lm")
+    code, _, err = command("export", mixture / "ours", "--to", form, "--out", out_folder, *how)
+    if said is None:
+        assert code == 0, err
+        assert out_folder.exists()
+    else:
+        assert code == 2
+        assert said in err

@@ -152,6 +152,24 @@ def test_u8_a_hot_swap_of_another_rank_and_scale_recompiles_nothing() -> None:
     assert counter.frame_count == 1
 
 
+def test_u8_a_model_compiled_in_place_takes_swaps_and_additions() -> None:
+    torch._dynamo.reset()
+    base = model()
+    bank = rf.Bank(base, RANK)
+    bank.add("a", entries(0, 2))
+    bank.select("a")
+    graphs: list[object] = []
+    base.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    with torch.no_grad():
+        first = base(IDS)
+        bank.add("b", entries(1, 4))
+        bank.select("b")
+        second = base(IDS)
+    assert len(graphs) == 1
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, by_hand(entries(1, 4), IDS).to(second.dtype), rtol=1e-4, atol=1e-5)
+
+
 def test_u8_rows_switch_without_compiling_anew() -> None:
     base = model()
     bank = rf.Bank(base, RANK, slots=40)

@@ -73,3 +73,16 @@ def test_the_error_is_measured_over_the_rows_that_change():
     expected = ((stored[3:6] - (W + change)).norm() / change.norm()).item()
     assert error == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-4  # bf16 rounds
+
+
+def test_u20_ten_folds_of_a_half_precision_base_change_no_bit():
+    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8)).bfloat16()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adaptation = rf.adapt(model, "lora", rank=2)
+    for p in adaptation.parameters():
+        p.data += 0.3
+    for _ in range(10):
+        adaptation.fold()
+        adaptation.unfold()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())

@@ -108,3 +108,11 @@ def test_removed_from_a_cut_model_the_base_runs_as_before(group):
     rf.adaptation(model).remove()
     assert torch.equal(model(x), expected)
     assert is_sharded(model)
+
+
+def test_a_packed_base_is_refused_by_name(group):
+    model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8))
+    rf.quantise(model, "int8")
+    with pytest.raises(LayoutError, match="0 and 1 more are stored in few bits"):
+        shard(model)
+    assert not is_sharded(model)

@@ -29,7 +29,7 @@ LAW = "compile"
 BACKEND = "aot_eager"
 """Traces forward and backward and runs both without code generation: needs no compiler."""
 
-SMALL_KINDS = ("conv1d", "embedding", "rows", "tied", "convolution", "experts", "multihead")
+SMALL_KINDS = ("conv1d", "embedding", "rows", "tied", "convolution", "grouped", "experts", "multihead")
 
 
 def exempt(method):

@@ -11,6 +11,7 @@ from torch import nn
 
 from rankfold.errors import LayoutError, TargetError
 
+from .bases import is_packed
 from .blocks import find_blocks
 from .targets import Targets
 
@@ -26,7 +27,7 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
         **options: of `torch.distributed.fsdp.fully_shard` (mp_policy, reshard_after_forward, ...).
 
     Raises:
-        LayoutError: torch.distributed isn't running, the model is cut already, or it is folded.
+        LayoutError: torch.distributed isn't running, the model is cut already, it is folded, or its weights are packed.
 
     >>> import torch, rankfold as rf
     >>> store = torch.distributed.HashStore()
@@ -48,6 +49,11 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     store = model._modules.get("rankfold")
     if getattr(store, "is_folded", False):
         raise LayoutError("shard: the model is folded; unfold first")
+    if packed := [name for name, module in model.named_modules() if is_packed(module)]:
+        raise LayoutError(
+            f"shard: {packed[0]} and {len(packed) - 1} more are stored in few bits, which FSDP2 can't cut. Shard the dense base, "
+            "or leave the packed one whole on every process: rankfold's own loop under torchrun does"
+        )
     from torch.distributed.fsdp import fully_shard
 
     ignored = set() if store is None else set(store.parameters())

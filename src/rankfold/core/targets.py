@@ -194,8 +194,9 @@ def _no_match(pattern: str, sites: Sequence[Site], model: nn.Module, what: str =
     close = nearest(pattern.rsplit(".", 1)[-1], counts, n=8)
     close += [k for k in counts if k not in close][: max(0, 8 - len(close))]
     listing = ", ".join(f"{k} x{counts[k]}" for k in close) or "none: the model has no linear layer and no embedding"
+    what_is_there = 'every kind of site: targets="all"' if pattern == "all-linear" else 'every linear layer: targets="all-linear"'
     return (
         f"{what}: pattern {pattern!r} matches none of the {len(sites)} sites of {type(model).__name__}.\n"
         f"  last names here, nearest first: {listing}\n"
-        f'  to see every site: rankfold inspect MODEL; to take every linear layer: targets="all-linear"'
+        f"  to see every site: rankfold inspect MODEL; to take {what_is_there}"
     )

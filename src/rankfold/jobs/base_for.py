@@ -33,12 +33,11 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
     source = folder_format(adapter)
     names: set[str] = set()
     if source in FOREIGN:
-        said = told = tokenizer = None
+        said = told = None
     elif source == "peft":
         read = read_peft(adapter)
         names = {e.name for e in read.entries.values()} | {n.rpartition(".")[0] for n in read.extras}
         said, told = TASKS.get(read.metadata.get("task_type") or ""), read.metadata.get("base_model")
-        tokenizer = None
         heads = [
             t
             for n, t in read.extras.items()
@@ -50,7 +49,6 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
         names = {s.name for s in record.sites} | {n.rpartition(".")[0] for n in record.extras}
         labels = record.labels
         said, told = record.trained.get("task") or ("classify" if labels else None), record.trained.get("model")
-        tokenizer = record.trained.get("tokenizer")
     model = model or told
     if model is None:
         raise OptionError(f"{adapter}: does not say which model it is for; name it: --model M")
@@ -59,7 +57,7 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
     missing, problems = "", []
     for form in forms:
         try:
-            loaded = load_model(model, form, labels=labels if form == "classify" else None, tokenizer=tokenizer).model
+            loaded = load_model(model, form, labels=labels if form == "classify" else None, reads_text=False).model
         except RankfoldError as error:
             if len(forms) == 1:
                 raise
@@ -72,7 +70,7 @@ def base_for(adapter: str | Path, model: str | Path | None = None, task: str | N
             except RankfoldError as error:
                 problems.append(str(error))
                 continue
-        here = {n for n, _ in loaded.named_modules()}
+        here = {n for n, _ in loaded.named_modules()} | {n for n, _ in loaded.named_parameters()}  # experts are named by theirs
         lacking = sorted(names - here)
         if not lacking:
             return loaded

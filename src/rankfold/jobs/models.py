@@ -62,6 +62,7 @@ def load_model(
     dtype: str = "float32",
     device: str | None = None,
     seed: int = 0,
+    reads_text: bool = True,
 ) -> Loaded:
     """The model `name` with the head of a task, on a device, in eval mode.
 
@@ -71,6 +72,7 @@ def load_model(
         labels: of "classify", in the order of the outputs; None means those that the model's own head has.
         tokenizer: a folder, a name or "bytes"; None means the model's own.
         seed: of a head that the checkpoint lacks.
+        reads_text: False asks for the model alone; the tokenizer is then None.
 
     Raises:
         UnknownName: no such folder, built-in or hub name; without a network that takes at most 10 seconds.
@@ -82,14 +84,26 @@ def load_model(
     place = choose_device(device)
     if str(name) == "tiny-llama":
         model = tiny_llama(task, labels)
-        return _finish(model, byte_tokenizer(), str(name), task, labels, dtype, place)
+        return _finish(model, byte_tokenizer() if reads_text else None, str(name), task, labels, dtype, place)
     source = _source(name)
     model = _pretrained(source, str(name), task, labels, dtype, seed)
-    return _finish(model, _tokenizer(tokenizer, source), str(name), task, labels, dtype, place)
+    return _finish(model, _tokenizer(tokenizer, source) if reads_text else None, str(name), task, labels, dtype, place)
 
 
 def _finish(model: nn.Module, tokenizer: Any, name: str, task: str, labels: Any, dtype: str, place: torch.device) -> Loaded:
     config: Any = model.config
+    if tokenizer is not None:
+        _join(tokenizer, config, name)
+    heads = _heads(model) if task == "classify" else ()
+    named = tuple(labels) if labels is not None else None
+    if task == "classify" and named is None:
+        named = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    model.eval().to(device=place, dtype=getattr(torch, dtype))
+    return Loaded(model, tokenizer, name, getattr(config, "max_position_embeddings", None), heads, named)
+
+
+def _join(tokenizer: Any, config: Any, name: str) -> None:
+    """Padding that both agree on; refused where the tokenizer is another model's."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     vocabulary = getattr(config, "vocab_size", None)
@@ -97,12 +111,6 @@ def _finish(model: nn.Module, tokenizer: Any, name: str, task: str, labels: Any,
         raise OptionError(f"tokenizer has {len(tokenizer):,} tokens, {name} has {vocabulary:,}: they don't belong together")
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    heads = _heads(model) if task == "classify" else ()
-    named = tuple(labels) if labels is not None else None
-    if task == "classify" and named is None:
-        named = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    model.eval().to(device=place, dtype=getattr(torch, dtype))
-    return Loaded(model, tokenizer, name, getattr(config, "max_position_embeddings", None), heads, named)
 
 
 def choose_device(device: str | None) -> torch.device:

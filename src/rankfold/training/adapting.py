@@ -100,7 +100,7 @@ def adapt(
 
     Raises:
         TargetError: targets that match nothing, a rank above the matrix, a site that can't be adapted.
-        CompositionError, UnknownName, OptionError: from the method.
+        CompositionError, UnknownName, OptionError: from the method; OptionError also for what is no module.
         InactiveError: the probe found a site that is bypassed or gets no gradient.
         LayoutError: the name is taken, or the model is folded.
         DataError, NumericError, BudgetError: from the pass for statistics.
@@ -115,6 +115,8 @@ def adapt(
     >>> torch.equal(model(x), before)
     True
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model: got {type(model).__name__}; adapt takes the torch.nn.Module itself")
     require_known(plan, memory)
     m = method(method_, **options)
     sites, dropped, chosen = choose_sites(model, m, targets, exclude, regex)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.core.bases.quantise import quantise
+from rankfold.core.targets import find_sites
 from rankfold.errors import FileError, OptionError
 from rankfold.jobs.data import Table
 from rankfold.jobs.models import Loaded, load_model
@@ -158,6 +159,10 @@ def pack(model: nn.Module, format: str, screen: Screen) -> None:
     errors = quantise(model, format)
     worst = max(errors, key=lambda name: errors[name])
     screen.say("note", f"{len(errors)} linear layers in {format}, largest ‖W − Q(W)‖ / ‖W‖ {errors[worst]:.2g} at {worst}")
+    whole = {s.module for s in find_sites(model, "all") if s.kind != "linear"}
+    kept = sum(p.numel() * p.element_size() for name in whole for p in model.get_submodule(name).parameters(recurse=False))
+    if kept:
+        screen.say("note", f"not packed: embeddings, experts and other kinds, {kept / 2**20:.1f} MiB")
 
 
 def attached(ready: Prepared) -> Adaptation:
