@@ -26,7 +26,7 @@ from rankfold.training.saving import load
 from . import two_ranks
 from .checks import Checks
 from .subjects import shake, subjects
-from .two_ranks import DDP, FSDP, HAND, HANDS, LATE, LATES, MUTANTS, ONE
+from .two_ranks import DDP, FSDP, HAND, HANDS, KINDS, LATE, LATES, MUTANTS, ONE
 
 NEAR = 1e-6
 """Relative distance in float64 after three steps of Adam, which divides small gradients by their size."""
@@ -86,8 +86,8 @@ def given(pair, cell):
 
 
 @functools.cache
-def alone(method):
-    return two_ranks.method_cell(ONE, method)
+def alone(method, block=two_ranks.Block):
+    return two_ranks.method_cell(ONE, method, block)
 
 
 def check_same(cell, found, expected, near=NEAR, but=(), only=""):
@@ -124,6 +124,15 @@ def test_two_processes_are_one(layout, method, pair):
     cell = f"{layout} {method}"
     # rounding errors of 1e-16 have no near relative distance
     check_same(cell, given(pair, cell), alone(method), but={"rounding"})
+    check_base(cell, given(pair, cell))
+
+
+@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_every_kind_of_site_is_one(layout, method, pair):
+    """Convolutions, attention and experts beside linear layers."""
+    cell = f"{layout} kinds {method}"
+    check_same(cell, given(pair, cell), alone(method, two_ranks.Kinds), but={"rounding"})
     check_base(cell, given(pair, cell))
 
 

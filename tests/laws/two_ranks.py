@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -27,6 +27,8 @@ import torch.distributed.tensor
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import rankfold as rf
 from rankfold.core import folding
@@ -48,6 +50,8 @@ ONE, DDP, FSDP, LATE, HAND = "one", "ddp", "fsdp", "fsdp-late", "fsdp-by-hand"
 LATES = ("lora", "dora", "full", "adaptertune", "lora-ga")
 HANDS = ("pissa", "vera")
 """Methods with tensors that don't train, which must not be cut either."""
+KINDS = ("lora", "dora", "pissa")
+"""Methods over the kinds of sites that are no linear layers."""
 MUTANTS = {
     "forgets_to_average": "lora",
     "forgets_to_join": "eva",
@@ -78,12 +82,33 @@ class Block(nn.Module):
         return h + self.down(torch.tanh(self.up(h)))
 
 
+class Kinds(nn.Module):
+    """The other kinds of sites in one block: a convolution over positions, attention, and a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(hidden_size=9, intermediate_size=7, num_local_experts=3, num_experts_per_tok=2)
+        self.conv, self.attention = nn.Conv1d(9, 9, 3, padding=1), nn.MultiheadAttention(9, 1)
+        self.router, self.experts = nn.Linear(9, 3), MixtralExperts(config)
+        for p in self.experts.parameters():  # the library leaves them as they were in memory
+            nn.init.normal_(p, std=0.3)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.conv(h.mT).mT
+        # tokens first, contiguous, one head, with its weights: else torch picks a kernel by what requires a gradient
+        first = h.transpose(0, 1).contiguous()
+        h = h + self.attention(first, first, first)[0].transpose(0, 1)
+        flat = h.flatten(0, 1)
+        weights, index = self.router(flat).softmax(-1).topk(2, dim=-1)
+        return h + self.experts(flat, index, weights).view(h.shape)
+
+
 class Net(nn.Module):
     """Two blocks between an embedding and a head; no dimension is even, so that no weight falls into equal halves."""
 
-    def __init__(self, checkpointed: bool = False) -> None:
+    def __init__(self, checkpointed: bool = False, block: type[nn.Module] = Block) -> None:
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(11, 9), nn.ModuleList([Block(), Block()]), nn.Linear(9, 5)
+        self.embed, self.blocks, self.head = nn.Embedding(11, 9), nn.ModuleList([block(), block()]), nn.Linear(9, 5)
         self.checkpointed = checkpointed
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -93,7 +118,7 @@ class Net(nn.Module):
         return self.head(h)
 
 
-def net(dtype: torch.dtype = torch.float64, **options: bool) -> nn.Module:
+def net(dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
     """The same weights in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -179,12 +204,13 @@ def tensors_of(adaptation: rf.Adaptation, prefix: str = "tensor") -> Found:
 
 
 @torch.no_grad()
-def method_cell(layout: str, method: str) -> Found:
+def method_cell(layout: str, method: str, block: type[nn.Module] = Block) -> Found:
     """A method from its start to its removal."""
-    model = net().eval()
+    model = net(block=block).eval()
     ids = batches()[0][0]
     found = {"base": model(ids)}
-    adaptation = adapted(layout, model, without_chance(method))
+    targets = {} if block is Block else {"targets": "blocks.*", "exclude": "*.router"}
+    adaptation = adapted(layout, model, without_chance(method), **targets)
     found |= tensors_of(adaptation, "start")
     found["fingerprint"] = text(adaptation.fingerprint().hash)
     shake(adaptation, 0.1)
@@ -452,6 +478,7 @@ def cells(folder: Path) -> dict[str, Callable[[], Found]]:
         made[f"{layout} saved"] = partial(saved_cell, layout, folder)
         made[f"{layout} heads"] = partial(heads_cell, layout, checkpointed=True)
         made[f"{layout} mixed"] = partial(mixed_cell, layout)
+    made |= {f"{layout} kinds {m}": partial(method_cell, layout, m, Kinds) for layout in (DDP, FSDP) for m in KINDS}
     made |= {f"{HAND} {method}": partial(method_cell, HAND, method) for method in HANDS}
     made |= {f"{layout} loaded": partial(loaded_cell, layout, folder) for layout in layouts}
     made |= {f"chain {chain}": partial(chain_cell, chain, folder) for chain in CHAINS}

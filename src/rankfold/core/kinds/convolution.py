@@ -55,7 +55,9 @@ class Convolution(Kind):
         return stored.flatten(1) if site.batch is None else stored.reshape(site.batch, -1, stored[0].numel())
 
     def store(self, W: Tensor, stored: Tensor, site: Site) -> Tensor:
-        return torch.empty_like(stored).copy_(W.reshape(stored.shape))  # channels-last stays so
+        # channels-last stays so; by strides, since `stored` may be cut over processes
+        whole = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=W.device)
+        return whole.copy_(W.reshape(stored.shape))
 
     def refusal(self, module: nn.Module, site: Site) -> str | None:
         if site.rows is not None:
