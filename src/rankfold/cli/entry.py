@@ -1,5 +1,6 @@
 """From the words of a command line to a job, and from whatever goes wrong to one clean message and an exit code."""
 
+import logging
 import os
 import sys
 import traceback
@@ -86,6 +87,10 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+REMARKS = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers that tell, whenever transformers is loaded, which of their kernels this machine lacks."""
+
+
 def _say(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     """Our own warnings as one line; those that libraries send to programmers are not for the user of a command."""
     if issubclass(category, UserWarning) and "rankfold" in Path(filename).parts:
@@ -96,4 +101,6 @@ def main() -> None:
     """The command `rankfold`."""
     # threads that spin while they wait slow everything eightfold as soon as something else wants the core; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for library in REMARKS:
+        logging.getLogger(library).setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
