@@ -18,7 +18,7 @@ class Composition:
     """
 
     parts: str
-    options: Mapping[str, float | int | str] = field(default_factory=dict)
+    options: Mapping[str, float | int | str | None] = field(default_factory=dict)
     doc: str = ""
     paper: str | None = None
 
@@ -49,5 +49,38 @@ COMPOSITIONS: dict[str, Composition] = {
         "zhang2023adalora",
     ),
     "loraplus": Composition("lora+update:loraplus", {}, "LoRA whose B learns faster than its A.", "hayou2024loraplus"),
+    "lora-fa": Composition(
+        "core", {"core.middle": "identity", "core.train": "B"}, "LoRA with A frozen: no input of A is kept.", "zhang2023lorafa"
+    ),
+    "moslora": Composition("core", {"core.start": "orthogonal"}, "LoRA with a trained mixer between B and A.", "wu2024moslora"),
+    "slora": Composition("core", {}, "LoRA with a trained square core between B and A.", "guo2025nlora"),
+    "nlora": Composition("core+init:nystrom", {}, "SLoRA started at blocks of W.", "guo2025nlora"),
+    "inttune": Composition(
+        "core+init:nystrom", {"core.train": "M"}, "A square core alone, between frozen blocks of W.", "guo2025nlora"
+    ),
+    "lora-xs": Composition(
+        "core+init:spectrum",
+        {"core.train": "M", "spectrum.values": "B"},
+        "A square core alone, between the frozen leading singular vectors of W.",
+        "balazy2024loraxs",
+    ),
+    "lamda": Composition(
+        "core+init:spectrum",
+        {"core.train": "BM"},
+        "B and a square core, from the singular triplets of W, before a frozen A.",
+        "azizi2024lamda",
+    ),
+    "svfit": Composition(
+        "core+init:spectrum",
+        {"core.rank": None, "core.middle": "diagonal", "core.train": "M"},
+        "The singular values of W, all of them, and nothing else.",
+        "sun2024svfit",
+    ),
+    "loldu": Composition(
+        "core+init:ldu",
+        {"core.middle": "diagonal", "core.train": "M"},
+        "The leading pivots of W between its frozen triangular factors.",
+        "shi2024loldu",
+    ),
     "fine-tuning": Composition("full", {}, "Every parameter of an owned copy of the model.", None),
 }

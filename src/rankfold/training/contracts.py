@@ -85,12 +85,14 @@ class Init(Options):
     Traits:
         needs: what must be known: weights, activations, gradients.
         requires: roles that the structure must have as trainable tensors; an init may fill fewer.
+        frozen: fills factors that do not train as well; `requires` then asks for tensors of either kind.
         offset: the start is not zero and enters as a deviation: `fill` gives B0 and A0 beside B and A.
         starts: "base", "near(tol)" or "elsewhere".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     requires: ClassVar[frozenset[str]] = frozenset()
+    frozen: ClassVar[bool] = False
     offset: ClassVar[bool] = False
     starts: ClassVar[str] = "base"
 
@@ -232,9 +234,10 @@ def require(member: Any, roles: Roles, structure: str) -> None:
     """
     missing = sorted(member.requires - set(roles.shapes))
     if missing:
+        works, there = ("tensors ", "has") if getattr(member, "frozen", False) else ("trainable ", "trains")
         raise CompositionError(
-            f"{structure} + {member.name}: {member.axis} {member.name!r} works on trainable "
+            f"{structure} + {member.name}: {member.axis} {member.name!r} works on {works}"
             f"{', '.join(sorted(member.requires))}; "
-            f"structure {structure!r} trains {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
+            f"structure {structure!r} {there} {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
             f"  every pair and its reason: rankfold methods --matrix"
         )

@@ -23,7 +23,7 @@ class Gate(Decorator):
         start: of every entry of g. 0 starts at W whatever B and A are.
 
     Raises:
-        CompositionError: per="rank" over a structure without factors B and A, or over more than one structure.
+        CompositionError: per="rank" over a structure without factors B and A or with a square core, or over several structures.
 
     >>> from rankfold.methods.structures.lora import LoRA
     >>> Gate(per="rank", inner=LoRA(rank=4)).tensors(Site("query", (12, 8)))["gate"].shape
@@ -37,6 +37,9 @@ class Gate(Decorator):
         if self.per == "rank" and not {"B", "A"} <= {spec.role for spec in self.inner.tensors(site).values()}:
             core = type(self.inner.core).__name__
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
+        if self.per == "rank" and any(s.role == "core" and len(s.shape) > 1 for s in self.inner.tensors(site).values()):
+            core = type(self.inner.core).__name__
+            raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but the square core of {core} mixes the factors")
         if self.per == "rank" and len(inside := layers(self.inner)) > 1:
             names = " over ".join(type(layer).__name__ for layer in inside)
             raise CompositionError(
