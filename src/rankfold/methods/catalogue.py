@@ -82,5 +82,12 @@ COMPOSITIONS: dict[str, Composition] = {
         "The leading pivots of W between its frozen triangular factors.",
         "shi2024loldu",
     ),
+    "sinelora": Composition("sine", {}, "A sine of B A, of high rank.", "ji2024sinelora"),
+    "loran": Composition(
+        "sine", {"sine.form": "loran", "sine.frequency": 1000.0}, "A LoRA whose product is bent by a sine.", "deng2025loran"
+    ),
+    "lora-dash": Composition(
+        "dash+rank:launch", {}, "A LoRA, and later coordinates along the singular directions that it uses.", "si2024loradash"
+    ),
     "fine-tuning": Composition("full", {}, "Every parameter of an owned copy of the model.", None),
 }

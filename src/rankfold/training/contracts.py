@@ -86,7 +86,8 @@ class Init(Options):
         needs: what must be known: weights, activations, gradients.
         requires: roles that the structure must have as trainable tensors; an init may fill fewer.
         frozen: fills factors that do not train as well; `requires` then asks for tensors of either kind.
-        offset: the start is not zero and enters as a deviation: `fill` gives B0 and A0 beside B and A.
+        offset: the start is not zero and enters as a deviation: `fill` gives B0 and A0 beside B and A, and core0 beside a core
+            (`measured` does); one that it leaves out is a copy.
         starts: "base", "near(tol)" or "elsewhere".
     """
 
@@ -111,8 +112,8 @@ class Init(Options):
 
 @dataclass
 class SiteView:
-    """A site as a rank policy sees it: tensors and gradients by role, and tensors of the policy's own that are saved with
-    the run."""
+    """A site as a rank policy sees it: tensors and gradients by role, the frozen weight, and tensors of the policy's own that are
+    saved with the run."""
 
     key: str
     site: Site
@@ -120,6 +121,7 @@ class SiteView:
     rank: int
     scale: float
     state: dict[str, Tensor] = field(default_factory=dict)
+    base: Operator | None = None
 
     def grad(self, role: str) -> Tensor:
         g = self.tensors[role].grad
@@ -212,6 +214,11 @@ class Loss(Options):
 
     def objectives(self, sites: Sequence[SiteView]) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+def measured(start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A start with itself as its offset: B0 beside B, A0 beside A, core0 beside core."""
+    return {**start, **{role + "0": value for role, value in start.items()}}
 
 
 def roles_of(specs: Mapping[str, Spec], rank: int, scale: float, trainable: bool = True) -> Roles:

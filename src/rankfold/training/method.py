@@ -223,8 +223,8 @@ def _compose(classes: list[tuple[Entry, type]], values: dict[str, dict[str, Any]
             structure = make(entry, cls, inner=structure)
         elif structure is None:
             structure = make(entry, cls)
-            measured = Offset(inner=structure)
-            structure = measured if init.offset and measured.names(SAMPLE) else structure
+            offset = Offset(inner=structure)
+            structure = offset if init.offset and offset.names(SAMPLE) else structure
         else:
             structure = Stack(outer=make(entry, cls), inner=structure)
     assert structure is not None

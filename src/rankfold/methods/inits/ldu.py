@@ -13,7 +13,7 @@ from torch import Tensor, diag
 from rankfold.core import Site, register
 from rankfold.linalg import Operator
 from rankfold.linalg.lu import lu
-from rankfold.training.contracts import Init, InitContext, Roles
+from rankfold.training.contracts import Init, InitContext, Roles, measured
 
 
 @register("init", "ldu", paper="shi2024loldu")
@@ -53,5 +53,5 @@ class LDU(Init):
         first = (~f.regular).int().argsort(stable=True)[: roles.rank]
         B, d, A = f.unpermuted()[:, first], f.d[first] / roles.scale, f.U[first]
         if "core" not in roles:
-            return {"B": B * d, "A": A}
-        return {"B": B, "core": d if len(roles.shapes["core"]) == 1 else diag(d), "A": A}
+            return measured({"B": B * d, "A": A})
+        return measured({"B": B, "core": d if len(roles.shapes["core"]) == 1 else diag(d), "A": A})

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankfold.core import Site, register
 from rankfold.linalg import Operator
 from rankfold.linalg.nystrom import nystrom
-from rankfold.training.contracts import Init, InitContext, Roles
+from rankfold.training.contracts import Init, InitContext, Roles, measured
 
 
 @register("init", "nystrom", paper="guo2025nlora")
@@ -58,6 +58,5 @@ class Nystrom(Init):
     def fill(self, site: Site, W: Operator, roles: Roles, ctx: InitContext) -> dict[str, Tensor]:
         B, M, A = nystrom(W, roles.rank, "block" if self.mode == "official" else self.mode, self.rcond)
         M = M if self.mode == "official" else M / roles.scale
-        if len(roles.shapes.get("core", ())) == 2:
-            return {"B": B, "core": M, "A": A}
-        return {"B": B @ M, "A": A}
+        start = {"B": B, "core": M, "A": A} if len(roles.shapes.get("core", ())) == 2 else {"B": B @ M, "A": A}
+        return measured(start) if self.offset else start

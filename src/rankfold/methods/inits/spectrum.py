@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
-from torch import Tensor, diag
+from torch import Tensor, diag, zeros
 
 from rankfold.core import Site, register
 from rankfold.linalg import Operator
 from rankfold.linalg.decompositions import truncated_svd
-from rankfold.training.contracts import Init, InitContext, Roles
+from rankfold.training.contracts import Init, InitContext, Roles, measured
 
 
 @register("init", "spectrum", paper="sun2024svfit")
@@ -25,7 +25,8 @@ class Spectrum(Init):
     included; the bases are stored, as they could not be told apart again where singular values are equal.
 
     Args:
-        values: where Σ_r / s goes: "core", or "B" for a core that starts by the structure's own law, as that of LoRA-XS.
+        values: where Σ_r / s goes: "core", or "B" beside a core that starts at zero, as in LoRA-XS (whose code draws it with a
+            width of 1e-5; measured from there it is the same method).
         iterations: None is the exact SVD where that is cheap; else of the randomised one.
 
     >>> import torch
@@ -50,6 +51,8 @@ class Spectrum(Init):
     def fill(self, site: Site, W: Operator, roles: Roles, ctx: InitContext) -> dict[str, Tensor]:
         U, S, Vh = truncated_svd(W, roles.rank, iterations=self.iterations, random=ctx.random)  # [out, r], [r], [r, in]
         S = S / roles.scale
-        if self.values == "B" or "core" not in roles:
-            return {"B": U * S, "A": Vh}
-        return {"B": U, "core": S if len(roles.shapes["core"]) == 1 else diag(S), "A": Vh}
+        if "core" not in roles:
+            return measured({"B": U * S, "A": Vh})
+        if self.values == "B":
+            return measured({"B": U * S, "core": zeros(roles.shapes["core"]), "A": Vh})
+        return measured({"B": U, "core": S if len(roles.shapes["core"]) == 1 else diag(S), "A": Vh})
