@@ -33,7 +33,7 @@ def concatenate(ops: list[LowRank]) -> LowRank:
     ops = [op for op in ops if op.rank] or ops[:1]
     if len(ops) == 1:
         return ops[0]
-    batch = max((op.batch for op in ops), key=len)
+    batch = max([op.batch for op in ops], key=len)
     factors = [[t.expand(*batch, *t.shape[-2:]) for t in op.factors()] for op in ops]
     return LowRank(torch.cat([B for B, _ in factors], -1), torch.cat([A for _, A in factors], -2))
 

@@ -84,7 +84,7 @@ COMPOSITIONS: dict[str, Composition] = {
     ),
     "sinelora": Composition("sine", {}, "A sine of B A, of high rank.", "ji2024sinelora"),
     "loran": Composition(
-        "sine", {"sine.form": "loran", "sine.frequency": 1000.0}, "A LoRA whose product is bent by a sine.", "deng2025loran"
+        "sine", {"sine.form": "loran", "sine.frequency": 1000}, "A LoRA whose product is bent by a sine.", "deng2025loran"
     ),
     "lora-dash": Composition(
         "dash+rank:launch", {}, "A LoRA, and later coordinates along the singular directions that it uses.", "si2024loradash"

@@ -13,13 +13,13 @@ def test_is_the_sine_of_the_product(gain):
     def weight(W, t):
         return W + (len(W) ** -0.5 if gain is None else gain) * torch.sin(3.0 * t.B @ t.A)
 
-    check_definition(Sine(rank=3, frequency=3.0, gain=gain), weight, runs=("effective", "plain"))
+    check_definition(Sine(rank=3, frequency=3, gain=gain), weight, runs=("effective", "plain"))
 
 
 def test_loran_bends_the_product():
     weight = lambda W, t: W + t.B @ t.A + 0.3 * torch.sin(4.0 * t.B @ t.A) * (t.B @ t.A)
-    check_definition(Sine(rank=3, form="loran", frequency=4.0, gain=0.3), weight, runs=("effective", "plain"))
-    assert rf.method("loran").structure.frequency == 1000.0
+    check_definition(Sine(rank=3, form="loran", frequency=4, gain=0.3), weight, runs=("effective", "plain"))
+    assert rf.method("loran").structure.frequency == 1000
 
 
 @pytest.mark.parametrize("form", ["sine", "loran"])
@@ -33,7 +33,7 @@ def test_starts_at_the_base_and_the_first_gradient_reaches_b_alone(form):
 
 
 def test_its_rank_is_not_that_of_the_factors_and_no_gain_is_lora():
-    _, store = attached(Sine(rank=1, frequency=30.0))
+    _, store = attached(Sine(rank=1, frequency=30))
     slot, t = next(iter(store.members["a"].slots.values())), tensors(store)[0]
     t.B.data.normal_(generator=torch.Generator().manual_seed(0))
     change = slot.weight(t).terms[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from torch import Tensor
 
 from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, register
@@ -26,20 +26,20 @@ class Sine(Structure):
     Args:
         rank: inner width.
         form: "sine", or "loran": a product bent a little, that keeps its slope near zero.
-        frequency: ω.
+        frequency: ω, a whole number as in both papers; the larger, the worse bf16 gradients are conditioned.
         gain: g; None is 1/√out ("sine"), the value for which ΔW is as large as a row of W, or 5e-5 ("loran").
 
     Cost per site: rank·(out + in) parameters; W' is built per step.
 
     >>> from collections import namedtuple
     >>> t = namedtuple("Tensors", "B A")(torch.randn(9, 1), torch.randn(1, 9))
-    >>> int(torch.linalg.matrix_rank(Sine(rank=1, frequency=50.0).delta(t, Site("query", (9, 9))).dense())) > 5
+    >>> int(torch.linalg.matrix_rank(Sine(rank=1, frequency=50).delta(t, Site("query", (9, 9))).dense())) > 5
     True
     """
 
     rank: Annotated[int, Ge(1)] = 16
     form: Literal["sine", "loran"] = "sine"
-    frequency: Annotated[float, Gt(0)] = 200.0
+    frequency: Annotated[int, Ge(1)] = 200
     gain: Annotated[float, Ge(0)] | None = None
 
     def tensors(self, site: Site) -> dict[str, Spec]:
