@@ -70,6 +70,7 @@ def _one_form(a: LowRank, b: LowRank) -> bool:
 
 
 def _diagonal_in_core(op: LowRank) -> LowRank:
+    assert op.diag is not None
     D = torch.diag_embed(op.diag)
     return replace(op, diag=None, core=D if op.core is None else D @ op.core)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rankfold.core.base import Base
 from rankfold.core.options import Options
 from rankfold.core.site import Site
 from rankfold.core.structure import Spec
@@ -121,7 +122,7 @@ class SiteView:
     rank: int
     scale: float
     state: dict[str, Tensor] = field(default_factory=dict)
-    base: Operator | None = None
+    base: Base | None = None
 
     def grad(self, role: str) -> Tensor:
         g = self.tensors[role].grad

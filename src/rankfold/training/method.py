@@ -163,7 +163,7 @@ def _default_structure() -> Entry:
 
 def _default_member(axis: str, classes: list[tuple[Entry, type]]) -> list[tuple[Entry, type]]:
     """What stands where none is named: the init that the innermost structure asks for, else what declares `default = True`."""
-    own = next((cls.init for e, cls in reversed(classes) if e.axis == "structure"), None) if axis == "init" else None
+    own = next((getattr(cls, "init", None) for e, cls in reversed(classes) if e.axis == "structure" and axis == "init"), None)
     is_it = _is_default if own is None else lambda e: e.name == own
     entry = next((e for e in registry.entries(axis) if is_it(e)), None)
     return [(entry, registry.resolve(entry))] if entry else []
