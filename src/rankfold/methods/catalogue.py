@@ -50,44 +50,46 @@ COMPOSITIONS: dict[str, Composition] = {
     ),
     "loraplus": Composition("lora+update:loraplus", {}, "LoRA whose B learns faster than its A.", "hayou2024loraplus"),
     "lora-fa": Composition(
-        "core", {"core.middle": "identity", "core.train": "B"}, "LoRA with A frozen: no input of A is kept.", "zhang2023lorafa"
+        "bma", {"bma.middle": "identity", "bma.train": "B"}, "LoRA with A frozen: no input of A is kept.", "zhang2023lorafa"
     ),
-    "moslora": Composition("core", {"core.start": "orthogonal"}, "LoRA with a trained mixer between B and A.", "wu2024moslora"),
-    "slora": Composition("core", {}, "LoRA with a trained square core between B and A.", "guo2025nlora"),
-    "nlora": Composition("core+init:nystrom", {}, "SLoRA started at blocks of W.", "guo2025nlora"),
+    "moslora": Composition("bma", {"bma.start": "orthogonal"}, "LoRA with a trained mixer between B and A.", "wu2024moslora"),
+    "slora": Composition("bma", {}, "LoRA with a trained square core between B and A.", "guo2025nlora"),
+    "nlora": Composition("bma+init:nlora", {}, "SLoRA started at blocks of W.", "guo2025nlora"),
     "inttune": Composition(
-        "core+init:nystrom", {"core.train": "M"}, "A square core alone, between frozen blocks of W.", "guo2025nlora"
+        "bma+init:nlora", {"bma.train": "M"}, "A square core alone, between frozen blocks of W.", "guo2025nlora"
     ),
     "lora-xs": Composition(
-        "core+init:spectrum",
-        {"core.train": "M", "spectrum.values": "B"},
+        "bma+init:spectrum",
+        {"bma.train": "M", "spectrum.values": "B"},
         "A square core alone, between the frozen leading singular vectors of W.",
         "balazy2024loraxs",
     ),
     "lamda": Composition(
-        "core+init:spectrum",
-        {"core.train": "BM"},
+        "bma+init:spectrum",
+        {"bma.train": "BM"},
         "B and a square core, from the singular triplets of W, before a frozen A.",
         "azizi2024lamda",
     ),
     "svfit": Composition(
-        "core+init:spectrum",
-        {"core.rank": None, "core.middle": "diagonal", "core.train": "M"},
+        "bma+init:spectrum",
+        {"bma.rank": None, "bma.middle": "diagonal", "bma.train": "M"},
         "The singular values of W, all of them, and nothing else.",
         "sun2024svfit",
     ),
     "loldu": Composition(
-        "core+init:ldu",
-        {"core.middle": "diagonal", "core.train": "M"},
+        "bma+init:loldu",
+        {"bma.middle": "diagonal", "bma.train": "M"},
         "The leading pivots of W between its frozen triangular factors.",
         "shi2024loldu",
     ),
-    "sinelora": Composition("sine", {}, "A sine of B A, of high rank.", "ji2024sinelora"),
     "loran": Composition(
-        "sine", {"sine.form": "loran", "sine.frequency": 1000}, "A LoRA whose product is bent by a sine.", "deng2025loran"
+        "sinelora",
+        {"sinelora.form": "loran", "sinelora.frequency": 1000},
+        "A LoRA whose product is bent by a sine.",
+        "deng2025loran",
     ),
     "lora-dash": Composition(
-        "dash+rank:launch", {}, "A LoRA, and later coordinates along the singular directions that it uses.", "si2024loradash"
+        "dash+rank:lora-dash", {}, "A LoRA, and later coordinates along the singular directions that it uses.", "si2024loradash"
     ),
     "fine-tuning": Composition("full", {}, "Every parameter of an owned copy of the model.", None),
 }

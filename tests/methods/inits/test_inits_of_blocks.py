@@ -1,4 +1,4 @@
-"""Spectrum, Nyström and LDU: what they fill with and without a core, and what the product is."""
+"""Spectrum, NLoRA and LoLDU: what they fill with and without a core, and what the product is."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ import rankfold as rf
 from rankfold.core import Site
 from rankfold.linalg import Dense
 from rankfold.linalg.random import Random
-from rankfold.methods.inits.ldu import LDU
-from rankfold.methods.inits.nystrom import Nystrom
+from rankfold.methods.inits.loldu import LoLDU
+from rankfold.methods.inits.nlora import NLoRA
 from rankfold.methods.inits.spectrum import Spectrum
 from rankfold.training.contracts import InitContext, Roles
 
@@ -55,7 +55,7 @@ def test_spectrum_with_the_values_in_b_starts_the_core_at_zero():
 def test_ldu_is_the_leading_part_of_the_factorisation(out, in_, rank, core):
     W = draw(out, in_)
     P, L, U = torch.linalg.lu(W)
-    start = fill(LDU(), W, rank, core, 2.0)
+    start = fill(LoLDU(), W, rank, core, 2.0)
     torch.testing.assert_close(product(start, 2.0), (P @ L)[:, :rank] @ U[:rank], rtol=1e-9, atol=1e-9)
     if rank == min(out, in_):
         torch.testing.assert_close(product(start, 2.0), W, rtol=1e-10, atol=1e-10)
@@ -65,10 +65,10 @@ def test_ldu_is_the_leading_part_of_the_factorisation(out, in_, rank, core):
 
 def test_ldu_takes_pivots_that_vanish_last():
     W = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 5.0], [1.0, 2.0, 4.0]], dtype=torch.float64)  # the second pivot is zero
-    start = fill(LDU(), W, 2, "diagonal")
+    start = fill(LoLDU(), W, 2, "diagonal")
     assert torch.isfinite(start["A"]).all()
     assert float(start["A"].abs().max()) < 10
-    torch.testing.assert_close(product(fill(LDU(), W, 3, "diagonal")), W)
+    torch.testing.assert_close(product(fill(LoLDU(), W, 3, "diagonal")), W)
     assert (start["core"].abs() > 1e-6).all()
 
 
@@ -76,18 +76,18 @@ def test_ldu_takes_pivots_that_vanish_last():
 @pytest.mark.parametrize("mode", ["pinv", "pivoted"])
 def test_nystrom_gives_back_a_weight_of_its_rank(core, mode):
     W = draw(12, 3) @ draw(3, 7, seed=1)
-    torch.testing.assert_close(product(fill(Nystrom(mode=mode, rcond=1e-12), W, 3, core, 2.0), 2.0), W, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(product(fill(NLoRA(mode=mode, rcond=1e-12), W, 3, core, 2.0), 2.0), W, rtol=1e-8, atol=1e-8)
 
 
 def test_nystrom_cuts_a_noisy_block_off_and_is_nearer_for_it():
     W = draw(40, 3) @ draw(3, 30, seed=1) + 1e-2 * draw(40, 30, seed=2)
-    cut, raw = (product(fill(Nystrom(rcond=rcond), W, 8, "square")) for rcond in (1e-1, 1e-12))
+    cut, raw = (product(fill(NLoRA(rcond=rcond), W, 8, "square")) for rcond in (1e-1, 1e-12))
     assert (W - cut).norm() < 0.2 * (W - raw).norm()
 
 
 def test_nystrom_official_is_the_block_and_starts_elsewhere():
     W = draw(9, 7)
-    start = fill(Nystrom(mode="official"), W, 3, "square", 2.0)
+    start = fill(NLoRA(mode="official"), W, 3, "square", 2.0)
     assert torch.equal(start["B"], W[:, :3])
     assert torch.equal(start["core"], W[:3, :3])
     assert torch.equal(start["A"], W[:3])
@@ -101,8 +101,8 @@ def test_nystrom_official_is_the_block_and_starts_elsewhere():
     torch.testing.assert_close(model(x), x @ (W + W[:, :3] @ W[:3, :3] @ W[:3]).T, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("init", ["spectrum", "ldu", "nystrom"])
-@pytest.mark.parametrize("method", ["lora", "core"])
+@pytest.mark.parametrize("init", ["spectrum", "loldu", "nlora"])
+@pytest.mark.parametrize("method", ["lora", "bma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_function_is_the_base_s_at_the_start(init, method, dtype):
     torch.manual_seed(0)
@@ -113,11 +113,11 @@ def test_the_function_is_the_base_s_at_the_start(init, method, dtype):
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("init", ["spectrum", "ldu", "nystrom"])
+@pytest.mark.parametrize("init", ["spectrum", "loldu", "nlora"])
 def test_frozen_factors_are_filled_too(init):
     model = torch.nn.Sequential(torch.nn.Linear(16, 12)).double()
-    a = rf.adapt(model, f"core+init:{init}", rank=4, train="M")
+    a = rf.adapt(model, f"bma+init:{init}", rank=4, train="M")
     (t,) = [s.t(a.store) for s in a.slots()]
-    want = fill({"spectrum": Spectrum(), "ldu": LDU(), "nystrom": Nystrom()}[init], model[0].weight.detach(), 4, "square")
+    want = fill({"spectrum": Spectrum(), "loldu": LoLDU(), "nlora": NLoRA()}[init], model[0].weight.detach(), 4, "square")
     for name, role in (("B", "B"), ("M", "core"), ("M0", "core"), ("A", "A")):
         torch.testing.assert_close(getattr(t, name), want[role].to(getattr(t, name).dtype))

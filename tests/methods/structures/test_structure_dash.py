@@ -6,7 +6,7 @@ from structure_checks import attached, check_definition, check_start, inputs, mo
 
 import rankfold as rf
 from rankfold.errors import TargetError
-from rankfold.methods.ranks.launch import directions
+from rankfold.methods.ranks.lora_dash import directions
 from rankfold.methods.structures.dash import Dash
 
 

@@ -18,8 +18,8 @@ from rankfold.linalg import LowRank, Operator, Sum
 class Dash(Structure):
     """ΔW = s·B A + U diag(d) V, with U: [out, directions], V: [directions, in] singular vectors of W and d: [directions] trained.
 
-    Starts at W, B and d zero. U and V are zero, and d rests, until the rank policy `launch` fills them after a number of steps; a
-    LoRA until then. Exports as a LoRA of rank `rank` + `directions`.
+    Starts at W, B and d zero. U and V are zero, and d rests, until the rank policy `lora-dash` fills them after a number of
+    steps; a LoRA until then. Exports as a LoRA of rank `rank` + `directions`.
 
     Args:
         rank: inner width of B A.

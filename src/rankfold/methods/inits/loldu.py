@@ -1,4 +1,4 @@
-"""LDU: factors and core from the LU decomposition of the weight with its diagonal apart.
+"""LoLDU: factors and core from the LU decomposition of the weight with its diagonal apart.
 
 Shi et al., "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning", 2024,
 arXiv:2410.13618, section 3.
@@ -16,9 +16,9 @@ from rankfold.linalg.lu import lu
 from rankfold.training.contracts import Init, InitContext, Roles, measured
 
 
-@register("init", "ldu", paper="shi2024loldu")
+@register("init", "loldu", paper="shi2024loldu")
 @dataclass(frozen=True, kw_only=True)
-class LDU(Init):
+class LoLDU(Init):
     """B = (P L)[:, :r], M = diag(d)[:r] / s, A = U[:r, :] from W = P L diag(d) U with partial pivoting; s·B M A is the offset.
 
     L and U have ones on their diagonals. Cut off at r it approximates nothing: s·B M A may be larger than W, which as an offset
@@ -36,7 +36,7 @@ class LDU(Init):
     >>> from rankfold.linalg.random import Random
     >>> W = torch.tensor([[4.0, 2.0], [2.0, 3.0]])
     >>> roles = Roles({"B": (2, 2), "core": (2,), "A": (2, 2)}, rank=2, scale=1.0)
-    >>> start = LDU().fill(Site("query", (2, 2)), Dense(W), roles, InitContext(Random(0)))
+    >>> start = LoLDU().fill(Site("query", (2, 2)), Dense(W), roles, InitContext(Random(0)))
     >>> start["core"], start["A"].tolist()
     (tensor([4., 2.]), [[1.0, 0.5], [0.0, 1.0]])
     """

@@ -1,4 +1,4 @@
-"""Core: B M A with each choice of what stands between and what trains; the methods that are one of these."""
+"""BMA: B M A with each choice of what stands between and what trains; the methods that are one of these."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import rankfold as rf
 from rankfold.core import Site
 from rankfold.errors import CompositionError, OptionError
 from rankfold.linalg import LowRank, deviation, difference
-from rankfold.methods.structures.core import Core
+from rankfold.methods.structures.bma import BMA
 
 MIDDLES, TRAINS = ("identity", "diagonal", "square"), ("BMA", "BM", "MA", "BA", "B", "M", "A")
 CASES = [case for case in itertools.product(MIDDLES, TRAINS) if case != ("identity", "M")]
@@ -23,14 +23,14 @@ def product(t, middle, scale=1.0):
 
 @pytest.mark.parametrize(("middle", "train"), CASES)
 def test_is_the_product_of_its_factors(middle, train):
-    structure = Core(rank=3, middle=middle, train=train, alpha=6, start="orthogonal")
+    structure = BMA(rank=3, middle=middle, train=train, alpha=6, start="orthogonal")
     weight = lambda W, t: W + product(t, middle, 2.0)
     check_definition(structure, weight, runs=("fused", "structured", "effective", "plain"))
 
 
 @pytest.mark.parametrize(("middle", "train"), CASES)
 def test_starts_at_the_base_and_some_gradient_is_not_zero(middle, train):
-    structure = Core(rank=4, middle=middle, train=train)
+    structure = BMA(rank=4, middle=middle, train=train)
     check_start(structure)
     model, store = attached(structure)
     assert max(float(g.abs().max()) for g in gradients(model(inputs()), trained(store))) > 0
@@ -40,23 +40,23 @@ def test_starts_at_the_base_and_some_gradient_is_not_zero(middle, train):
 
 def test_starts_of_a_square_core():
     for start, gap in (("identity", 0.0), ("orthogonal", 1e-6)):
-        for t in tensors(attached(Core(rank=5, start=start), tiny(torch.float32))[1]):
+        for t in tensors(attached(BMA(rank=5, start=start), tiny(torch.float32))[1]):
             assert float((t.M.detach() @ t.M.detach().T - torch.eye(5)).abs().max()) <= gap
-    M = tensors(attached(Core(rank=8))[1])[0].M
+    M = tensors(attached(BMA(rank=8))[1])[0].M
     assert 0.2 < float(M.detach().abs().max()) <= 8**-0.5
 
 
 def test_an_option_that_trains_nothing_or_has_no_scale_is_refused():
     with pytest.raises(OptionError, match="trains nothing"):
-        Core(middle="identity", train="M")
+        BMA(middle="identity", train="M")
     with pytest.raises(OptionError, match="leave alpha out"):
-        Core(rank=None, alpha=3)
+        BMA(rank=None, alpha=3)
 
 
 def test_a_gate_per_component_needs_components():
-    with pytest.raises(CompositionError, match="Core trains more than its factors: M"):
-        rf.method("gate+core", **{"gate.per": "rank"})
-    rf.method("gate+core", **{"gate.per": "rank", "middle": "diagonal"})
+    with pytest.raises(CompositionError, match="BMA trains more than its factors: M"):
+        rf.method("gate+bma", **{"gate.per": "rank"})
+    rf.method("gate+bma", **{"gate.per": "rank", "middle": "diagonal"})
 
 
 @pytest.mark.parametrize("moved", ["", "B", "M", "A", "BM", "MA", "BMA"])
@@ -145,7 +145,7 @@ def test_at_full_rank_and_orthonormal_factors_the_core_follows_full_fine_tuning(
     model = torch.nn.Sequential(torch.nn.Linear(6, 6, bias=False)).double()
     x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
     W = model[0].weight.detach().clone().requires_grad_()
-    a = rf.adapt(model, "core+init:spectrum", rank=6, train="M")
+    a = rf.adapt(model, "bma+init:spectrum", rank=6, train="M")
     (M,) = a.parameters()
     for _ in range(20):
         (g,) = torch.autograd.grad((x @ W.T - y).square().mean(), [W])
@@ -234,7 +234,7 @@ def test_lamda_freezes_a_and_starts_at_the_triplets():
 
 
 def test_a_structure_s_own_init_is_left_out_of_its_name_and_others_are_not():
-    assert rf.method("core+init:spectrum").text == "core+init:spectrum"
-    assert rf.method("core").text == "core"
-    assert Core.init is None
-    assert Core(rank=3).fits(Site("a", (2, 8))) is not None
+    assert rf.method("bma+init:spectrum").text == "bma+init:spectrum"
+    assert rf.method("bma").text == "bma"
+    assert BMA.init is None
+    assert BMA(rank=3).fits(Site("a", (2, 8))) is not None

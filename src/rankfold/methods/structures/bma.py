@@ -1,4 +1,4 @@
-"""Core: two factors with something between them, and a choice of which of the three train.
+"""B M A: two factors with something between them, and a choice of which of the three train.
 
 The square core is that of SLoRA (Guo et al., "NLoRA", 2025) and of MoSLoRA (Wu et al., "Mixture-of-Subspaces in Low-Rank
 Adaptation", 2024, arXiv:2406.11909); alone, LoRA-XS (Bałazy et al., 2024, arXiv:2405.17604). The diagonal one is SVFit's and
@@ -29,9 +29,9 @@ def orthogonal(ctx: StartContext) -> Tensor:
     return torch.stack([ctx.random.child(f"map {e}").haar(size, size) for e in range(maps)]).reshape(ctx.shape)
 
 
-@register("structure", "core", paper="balazy2024loraxs")
+@register("structure", "bma", paper="balazy2024loraxs")
 @dataclass(frozen=True, kw_only=True)
-class Core(Structure):
+class BMA(Structure):
     """ΔW = s·B M A, with B: [out, rank], A: [rank, in], M a core of rank numbers or rank x rank, and s = alpha / rank**power.
 
     Starts at W: of the factors that train the first in the order B, M, A is zero, the others are drawn. What does not train is
@@ -50,7 +50,7 @@ class Core(Structure):
     2·rank·(out + in) FLOPs per token, as the core is taken into B. An A that does not train keeps no activation of size `in`.
 
     >>> site = Site("query", (12, 8))
-    >>> {name: (spec.shape, spec.trainable) for name, spec in Core(rank=2, train="M").tensors(site).items()}
+    >>> {name: (spec.shape, spec.trainable) for name, spec in BMA(rank=2, train="M").tensors(site).items()}
     {'B': ((12, 2), False), 'M': ((2, 2), True), 'A': ((2, 8), False)}
     """
 
@@ -64,9 +64,9 @@ class Core(Structure):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train == "M" and self.middle == "identity":
-            raise OptionError("core: train='M' with middle='identity' trains nothing; allowed: middle='diagonal' or 'square'")
+            raise OptionError("bma: train='M' with middle='identity' trains nothing; allowed: middle='diagonal' or 'square'")
         if self.rank is None and self.alpha is not None:
-            raise OptionError("core: alpha is divided by the rank, and rank=None has another one at every site; leave alpha out")
+            raise OptionError("bma: alpha is divided by the rank, and rank=None has another one at every site; leave alpha out")
 
     def tensors(self, site: Site) -> dict[str, Spec]:
         (out, in_), r = site.shape, self.rank or min(site.shape)

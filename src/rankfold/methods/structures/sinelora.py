@@ -15,9 +15,9 @@ from rankfold.core import Context, Site, Spec, Structure, Tensors, kaiming, regi
 from rankfold.linalg import Elementwise, LowRank, Operator
 
 
-@register("structure", "sine", paper="ji2024sinelora")
+@register("structure", "sinelora", paper="ji2024sinelora")
 @dataclass(frozen=True, kw_only=True)
-class Sine(Structure):
+class SineLoRA(Structure):
     """ΔW = g·sin(ω B A), or B A + g·sin(ω B A) ∘ B A, entry by entry, with B: [out, rank] and A: [rank, in].
 
     Starts at W (B zero). A large ω gives a change of high rank from small factors, and steps that are ω times as large. The sine
@@ -33,7 +33,7 @@ class Sine(Structure):
 
     >>> from collections import namedtuple
     >>> t = namedtuple("Tensors", "B A")(torch.randn(9, 1), torch.randn(1, 9))
-    >>> int(torch.linalg.matrix_rank(Sine(rank=1, frequency=50).delta(t, Site("query", (9, 9))).dense())) > 5
+    >>> int(torch.linalg.matrix_rank(SineLoRA(rank=1, frequency=50).delta(t, Site("query", (9, 9))).dense())) > 5
     True
     """
 

@@ -17,7 +17,7 @@ from rankfold.training.contracts import Edit, RankPolicy, SiteView
 from rankfold.training.edits import Gate
 
 
-@register("rank", "launch", paper="si2024loradash")
+@register("rank", "lora-dash", paper="si2024loradash")
 @dataclass(frozen=True, kw_only=True)
 class Launch(RankPolicy):
     """After step `after`, U and V of `dash` become the singular directions of W with the largest |u_iᵀ ΔW v_i| / σ_i, ΔW = s·B A.

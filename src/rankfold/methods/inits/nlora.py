@@ -1,4 +1,4 @@
-"""Nyström: factors and core cut out of the weight, without a decomposition of it.
+"""NLoRA: factors and core cut out of the weight, without a decomposition of it.
 
 Guo et al., "NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models", 2025, section 3.
 """
@@ -15,9 +15,9 @@ from rankfold.linalg.nystrom import nystrom
 from rankfold.training.contracts import Init, InitContext, Roles, measured
 
 
-@register("init", "nystrom", paper="guo2025nlora")
+@register("init", "nlora", paper="guo2025nlora")
 @dataclass(frozen=True, kw_only=True)
-class Nystrom(Init):
+class NLoRA(Init):
     """B = W[:, :r], A = W[:r, :] and M = W[:r, :r]⁺ / s, the Nyström approximation s·B M A of W; the product is the offset.
 
     Exact where W has rank r and that block is regular. Factors are filled whether they train or not. A structure whose core is
@@ -36,7 +36,7 @@ class Nystrom(Init):
     >>> from rankfold.linalg.random import Random
     >>> W = torch.tensor([[2.0, 4.0], [1.0, 2.0]])                       # of rank one
     >>> roles = Roles({"B": (2, 1), "core": (1, 1), "A": (1, 2)}, rank=1, scale=1.0)
-    >>> start = Nystrom().fill(Site("query", (2, 2)), Dense(W), roles, InitContext(Random(0)))
+    >>> start = NLoRA().fill(Site("query", (2, 2)), Dense(W), roles, InitContext(Random(0)))
     >>> torch.equal(start["B"] @ start["core"] @ start["A"], W)
     True
     """
