@@ -204,7 +204,7 @@ def _factors(op: Operator) -> tuple | None:
         return None
     plain_scale = not isinstance(getattr(op, "scale", 1.0), Tensor)
     if isinstance(op, Deviation):
-        if op.diag is None and plain_scale:
+        if op.diag is None and op.core is None and op.A is not op.A0 and plain_scale:
             return op.B, op.A, op.scale, op.B0, op.A0, p_seed
         op = op.stacked()
         plain_scale = not isinstance(op.scale, Tensor)

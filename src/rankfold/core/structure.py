@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -143,6 +144,7 @@ class Structure(Options):
         never_dense: at a linear layer or an embedding no pass makes a tensor of out·in entries, forward or backward, whatever
             the number of tokens; the planner keeps to it, and a chain does where every layer does.
         owns: trains its own copy of the weight: every other parameter of the model is then owned as well.
+        init: name of the init that stands where a method names none; None is the general default.
         exempt: {law: reason}, printed by `rankfold methods`.
     """
 
@@ -154,6 +156,7 @@ class Structure(Options):
     kinds: ClassVar[frozenset[str] | None] = None
     never_dense: ClassVar[bool] = False
     owns: ClassVar[bool] = False
+    init: ClassVar[str | None] = None
     exempt: ClassVar[Mapping[str, str]] = {}
 
     def tensors(self, site: Site) -> dict[str, Spec]:
@@ -265,19 +268,25 @@ class Offset(Decorator):
     Exactly zero at the start in every dtype, without forming W − s·B₀A₀; two such adapters on one base don't disturb each other.
     """
 
-    ROLES: ClassVar[tuple[str, ...]] = ("B", "A")
+    ROLES: ClassVar[tuple[str, ...]] = ("B", "A", "core")
 
     def names(self, site: Site) -> list[str]:
         return [n for n, spec in self.inner.tensors(site).items() if spec.role in self.ROLES and spec.trainable]
 
     def own(self, site: Site) -> dict[str, Spec]:
         inner = self.inner.tensors(site)
-        return {n + "0": dataclasses.replace(inner[n], role=inner[n].role + "0", trainable=False) for n in self.names(site)}
+        frozen = partial(dataclasses.replace, trainable=False)
+        return {n + "0": frozen(inner[n], role=inner[n].role + "0", start=partial(_copied, n)) for n in self.names(site)}
 
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         start = t._replace(**{n: getattr(t, n + "0") for n in self.names(site)})
         now, then = (difference(self.inner.weight(W, at, site, ctx), W) for at in (t, start))
         return W + deviation(now, then)
+
+
+def _copied(name: str, ctx: StartContext) -> Tensor:
+    """The start of another tensor of the site."""
+    return ctx.tensors[name]
 
 
 def added(*groups: Mapping[str, Tensor]) -> dict[str, Tensor]:

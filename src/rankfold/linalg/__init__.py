@@ -8,7 +8,7 @@ from .magnitude import Magnitude
 from .operator import Dense, Identity, Operator, Product, Scaled, Sum, at_least_float32, like
 from .orthogonal import Cayley, Householder
 from .rules import concatenate, contains, deviation, difference, gate_components, khatri_rao, simplify
-from .structured import BlockDiagonal, Blockwise, Diagonal, Hadamard, Kronecker, Sparse, TensorRing, tiled_identity
+from .structured import BlockDiagonal, Blockwise, Diagonal, Elementwise, Hadamard, Kronecker, Sparse, TensorRing, tiled_identity
 
 __all__ = [
     "BlockDiagonal",
@@ -17,6 +17,7 @@ __all__ = [
     "Dense",
     "Deviation",
     "Diagonal",
+    "Elementwise",
     "Hadamard",
     "Householder",
     "Identity",

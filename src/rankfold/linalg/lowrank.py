@@ -120,10 +120,12 @@ class LowRank(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Deviation(Operator):
-    """Δ = scale · [(B − B₀) D A + B₀ D (A − A₀)] = scale · (B D A − B₀ D A₀), with D = diag(d).
+    """Δ = scale · (B D M A − B₀ D M₀ A₀), with D = diag(d) and cores M, M₀: [r, r]; `diag` and the cores are optional.
 
-    Written so that it is zero, bitwise and in every dtype, while B = B₀ and A = A₀, and loses nothing to cancellation afterwards.
-    Switching component k off (d_k = 0) returns it to its start, not to zero: offsets stay legal under rank policies.
+    Written as scale · [(B − B₀) D M A + B₀ D ((M − M₀) A + M₀ (A − A₀))], so that it is zero, bitwise and in every dtype, while
+    all three are where they started, and loses nothing to cancellation afterwards. A factor that does not train is the same
+    tensor twice, and costs nothing. Switching component k off (d_k = 0) returns it to its start, not to zero: offsets stay legal
+    under rank policies.
 
     >>> import torch
     >>> B, A = torch.randn(4, 2), torch.randn(2, 3)
@@ -137,6 +139,8 @@ class Deviation(Operator):
     A0: Tensor
     diag: Tensor | None = None
     scale: Number = 1.0
+    core: Tensor | None = None
+    core0: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,10 +151,26 @@ class Deviation(Operator):
         return tuple(self.B.shape[:-2])
 
     def stacked(self) -> LowRank:
-        """The same map as a LowRank of rank 2r: [B − B₀, B₀] · [A; A − A₀]."""
+        """The same map as a LowRank: [B − B₀, B₀] · [M A; (M − M₀) A + M₀ (A − A₀)], of rank r where A stays, else of rank 2r."""
+        M, M0 = self.core, self.core0
+        if self.A is self.A0 and (M is None or M0 is None):
+            return LowRank(self.B - self.B0, self.A, self.diag, scale=self.scale)
+        if self.A is self.A0 and M is not None and M0 is not None:
+            if self.B is self.B0:
+                return LowRank(self.B, self.A, self.diag, M - M0, self.scale)
+            moved, fixed = (t if self.diag is None else t * self.diag.unsqueeze(-2) for t in (self.B - self.B0, self.B0))
+            return LowRank(moved @ M + fixed @ (M - M0), self.A, scale=self.scale)
+        left, right = self.A, self.A - self.A0
+        if M is not None and M0 is not None:
+            left, right = M @ left, M0 @ right if M is M0 else (M - M0) @ left + M0 @ right
         diag = None if self.diag is None else torch.cat([self.diag, self.diag], -1)
         B = torch.cat([self.B - self.B0, self.B0], -1)
-        return LowRank(B, torch.cat([self.A, self.A - self.A0], -2), diag=diag, scale=self.scale)
+        return LowRank(B, torch.cat([left, right], -2), diag=diag, scale=self.scale)
+
+    @property
+    def rank(self) -> int:
+        """Inner width of `stacked()`."""
+        return self.A.shape[-2] * (1 if self.A is self.A0 else 2)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.stacked().matmul(x)
@@ -177,10 +197,10 @@ class Deviation(Operator):
         return self.stacked().to_lowrank(rank)
 
     def rank_bound(self) -> int:
-        return min(2 * self.A.shape[-2], *self.shape)
+        return min(self.rank, *self.shape)
 
     def flops(self, tokens: int) -> int:
-        return 4 * tokens * self.A.shape[-2] * sum(self.shape)
+        return 2 * tokens * self.rank * sum(self.shape)
 
     def dense_flops(self) -> int:
-        return 4 * self.A.shape[-2] * self.shape[0] * self.shape[1]
+        return 2 * self.rank * self.shape[0] * self.shape[1]

@@ -33,7 +33,7 @@ def concatenate(ops: list[LowRank]) -> LowRank:
     ops = [op for op in ops if op.rank] or ops[:1]
     if len(ops) == 1:
         return ops[0]
-    batch = max((op.batch for op in ops), key=len)
+    batch = max([op.batch for op in ops], key=len)
     factors = [[t.expand(*batch, *t.shape[-2:]) for t in op.factors()] for op in ops]
     return LowRank(torch.cat([B for B, _ in factors], -1), torch.cat([A for _, A in factors], -2))
 
@@ -49,11 +49,15 @@ def khatri_rao(left: LowRank, right: LowRank) -> LowRank:
 def deviation(now: Operator, start: Operator) -> Operator:
     """now − start, with start frozen. Two LowRanks of one form become a Deviation: zero, bitwise, while they are equal.
 
-    One form is: the same rank and number in front, no core, a diagonal on both or on neither. A diagonal, or a scale that is
-    a tensor, is taken from `now` for both: the two may differ in B and A only.
+    One form is: the same rank and number in front, a core on both or on neither, a diagonal likewise. A scale that is a tensor is
+    taken from `now` for both: the two may differ in B, A and what stands between them.
     """
     if isinstance(now, LowRank) and isinstance(start, LowRank) and _one_form(now, start):
-        return Deviation(now.B, now.A, start.B, start.A, diag=now.diag, scale=now.scale)
+        if now.diag is not None and start.diag is not None and now.diag is not start.diag:
+            if now.B is start.B and now.A is start.A and now.core is start.core:
+                return replace(now, diag=now.diag - start.diag)
+            now, start = _diagonal_in_core(now), _diagonal_in_core(start)
+        return Deviation(now.B, now.A, start.B, start.A, now.diag, now.scale, now.core, start.core)
     if isinstance(now, Hadamard) and isinstance(start, Hadamard) and now.left is start.left:
         return Hadamard(now.left, deviation(now.right, start.right))
     return now - start
@@ -62,7 +66,13 @@ def deviation(now: Operator, start: Operator) -> Operator:
 def _one_form(a: LowRank, b: LowRank) -> bool:
     # tensors are not compared by value: that would wait for the device, and break a compiled graph
     numbers = isinstance(a.scale, Tensor) == isinstance(b.scale, Tensor) and (isinstance(a.scale, Tensor) or a.scale == b.scale)
-    return numbers and a.core is None and b.core is None and (a.diag is None) == (b.diag is None) and a.rank == b.rank
+    return numbers and (a.core is None) == (b.core is None) and (a.diag is None) == (b.diag is None) and a.rank == b.rank
+
+
+def _diagonal_in_core(op: LowRank) -> LowRank:
+    assert op.diag is not None
+    D = torch.diag_embed(op.diag)
+    return replace(op, diag=None, core=D if op.core is None else D @ op.core)
 
 
 def gate_components(op: Operator, gate: Tensor) -> Operator:
@@ -122,7 +132,7 @@ def _scale_lowrank(op: LowRank, number: Number) -> LowRank:
 
 
 def _scale_deviation(op: Deviation, number: Number) -> Deviation:
-    return Deviation(op.B, op.A, op.B0, op.A0, op.diag, op.scale * number)
+    return replace(op, scale=op.scale * number)
 
 
 def _scale_sparse(op: Sparse, number: Number) -> Sparse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,17 @@ from rankfold.errors import OptionError
 
 from .operator import Operator, across, at_least_float32, like
 
-__all__ = ["BlockDiagonal", "Blockwise", "Diagonal", "Hadamard", "Kronecker", "Sparse", "TensorRing", "tiled_identity"]
+__all__ = [
+    "BlockDiagonal",
+    "Blockwise",
+    "Diagonal",
+    "Elementwise",
+    "Hadamard",
+    "Kronecker",
+    "Sparse",
+    "TensorRing",
+    "tiled_identity",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +169,41 @@ class Hadamard(Operator):
 
     def dense_flops(self) -> int:
         return self.left.dense_flops() + self.right.dense_flops() + self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(Operator):
+    """f of every entry of another map, with f(entries, *numbers): its rank is not bounded by that of the map.
+
+    >>> import torch
+    >>> from rankfold.linalg import LowRank
+    >>> Elementwise(LowRank(torch.ones(1, 1), torch.tensor([[1.0, -2.0]])), torch.pow, (2,)).dense().tolist()
+    [[1.0, 4.0]]
+    """
+
+    inner: Operator
+    function: Callable[..., Tensor]
+    numbers: tuple[float, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.inner.batch
+
+    def dense(self) -> Tensor:
+        return self.function(at_least_float32(self.inner.dense()), *self.numbers)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.function(self.inner.columns(index), *self.numbers)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.function(at_least_float32(self.inner.rows(index)), *self.numbers)
+
+    def dense_flops(self) -> int:
+        return self.inner.dense_flops() + self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

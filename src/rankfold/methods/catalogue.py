@@ -18,7 +18,7 @@ class Composition:
     """
 
     parts: str
-    options: Mapping[str, float | int | str] = field(default_factory=dict)
+    options: Mapping[str, float | int | str | None] = field(default_factory=dict)
     doc: str = ""
     paper: str | None = None
 
@@ -49,5 +49,47 @@ COMPOSITIONS: dict[str, Composition] = {
         "zhang2023adalora",
     ),
     "loraplus": Composition("lora+update:loraplus", {}, "LoRA whose B learns faster than its A.", "hayou2024loraplus"),
+    "lora-fa": Composition(
+        "bma", {"bma.middle": "identity", "bma.train": "B"}, "LoRA with A frozen: no input of A is kept.", "zhang2023lorafa"
+    ),
+    "moslora": Composition("bma", {"bma.start": "orthogonal"}, "LoRA with a trained mixer between B and A.", "wu2024moslora"),
+    "slora": Composition("bma", {}, "LoRA with a trained square core between B and A.", "guo2025nlora"),
+    "nlora": Composition("bma+init:nlora", {}, "SLoRA started at blocks of W.", "guo2025nlora"),
+    "inttune": Composition(
+        "bma+init:nlora", {"bma.train": "M"}, "A square core alone, between frozen blocks of W.", "guo2025nlora"
+    ),
+    "lora-xs": Composition(
+        "bma+init:spectrum",
+        {"bma.train": "M", "spectrum.values": "B"},
+        "A square core alone, between the frozen leading singular vectors of W.",
+        "balazy2024loraxs",
+    ),
+    "lamda": Composition(
+        "bma+init:spectrum",
+        {"bma.train": "BM"},
+        "B and a square core, from the singular triplets of W, before a frozen A.",
+        "azizi2024lamda",
+    ),
+    "svfit": Composition(
+        "bma+init:spectrum",
+        {"bma.rank": None, "bma.middle": "diagonal", "bma.train": "M"},
+        "The singular values of W, all of them, and nothing else.",
+        "sun2024svfit",
+    ),
+    "loldu": Composition(
+        "bma+init:loldu",
+        {"bma.middle": "diagonal", "bma.train": "M"},
+        "The leading pivots of W between its frozen triangular factors.",
+        "shi2024loldu",
+    ),
+    "loran": Composition(
+        "sinelora",
+        {"sinelora.form": "loran", "sinelora.frequency": 1000},
+        "A LoRA whose product is bent by a sine.",
+        "deng2025loran",
+    ),
+    "lora-dash": Composition(
+        "dash+rank:lora-dash", {}, "A LoRA, and later coordinates along the singular directions that it uses.", "si2024loradash"
+    ),
     "fine-tuning": Composition("full", {}, "Every parameter of an owned copy of the model.", None),
 }

@@ -174,7 +174,7 @@ def _statistics(
     wanted: dict[str, tuple[Site, Statistic]] = {}
     for site in sites:
         collect_one = m.init.collect if site.batch is None else partial(collect_stack, m.init)
-        statistic = collect_one(site, _roles(m.structure, specs_of(m.structure, site)))
+        statistic = collect_one(site, _roles(m, m.structure, specs_of(m.structure, site)))
         if statistic is not None:
             wanted[site.key] = (site, statistic)
     if not wanted:
@@ -195,8 +195,8 @@ def _statistics(
     return found, [key for key in unreached if key not in idle]
 
 
-def _roles(structure: Structure, specs: Mapping[str, Spec]) -> Any:
-    return roles_of(specs, getattr(structure.core, "rank", 0) or 0, structure.scale)
+def _roles(m: Method, structure: Structure, specs: Mapping[str, Spec]) -> Any:
+    return roles_of(specs, getattr(structure.core, "rank", 0) or 0, structure.scale, trainable=not m.init.frozen)
 
 
 def _allocate(
@@ -225,11 +225,12 @@ def _allocate(
 
 def _filler(m: Method, statistics: Mapping[str, Statistic], seed: int) -> Any:
     def fill(site: Site, structure: Structure, base: Base, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
-        roles = _roles(structure, specs)
+        roles = _roles(m, structure, specs)
         fill_one = m.init.fill if site.batch is None else partial(fill_stack, m.init)
         with torch.no_grad():
             values = fill_one(site, base.gather(), roles, InitContext(Random(seed, "init", site.key), statistics.get(site.key)))
-        names = {spec.role: n for n, spec in specs.items() if spec.role in values and (spec.trainable or spec.role.endswith("0"))}
+        mine = {n: spec.role for n, spec in specs.items() if spec.trainable or m.init.frozen or spec.role.endswith("0")}
+        names = {role: n for n, role in mine.items() if role in values}
         return {names[role]: value for role, value in values.items() if role in names}
 
     return fill

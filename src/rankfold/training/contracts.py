@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rankfold.core.base import Base
 from rankfold.core.options import Options
 from rankfold.core.site import Site
 from rankfold.core.structure import Spec
@@ -85,12 +86,15 @@ class Init(Options):
     Traits:
         needs: what must be known: weights, activations, gradients.
         requires: roles that the structure must have as trainable tensors; an init may fill fewer.
-        offset: the start is not zero and enters as a deviation: `fill` gives B0 and A0 beside B and A.
+        frozen: fills factors that do not train as well; `requires` then asks for tensors of either kind.
+        offset: the start is not zero and enters as a deviation: `fill` gives B0 and A0 beside B and A, and core0 beside a core
+            (`measured` does); one that it leaves out is a copy.
         starts: "base", "near(tol)" or "elsewhere".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     requires: ClassVar[frozenset[str]] = frozenset()
+    frozen: ClassVar[bool] = False
     offset: ClassVar[bool] = False
     starts: ClassVar[str] = "base"
 
@@ -109,8 +113,8 @@ class Init(Options):
 
 @dataclass
 class SiteView:
-    """A site as a rank policy sees it: tensors and gradients by role, and tensors of the policy's own that are saved with
-    the run."""
+    """A site as a rank policy sees it: tensors and gradients by role, the frozen weight, and tensors of the policy's own that are
+    saved with the run."""
 
     key: str
     site: Site
@@ -118,6 +122,7 @@ class SiteView:
     rank: int
     scale: float
     state: dict[str, Tensor] = field(default_factory=dict)
+    base: Base | None = None
 
     def grad(self, role: str) -> Tensor:
         g = self.tensors[role].grad
@@ -212,6 +217,11 @@ class Loss(Options):
         raise NotImplementedError
 
 
+def measured(start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A start with itself as its offset: B0 beside B, A0 beside A, core0 beside core."""
+    return {**start, **{role + "0": value for role, value in start.items()}}
+
+
 def roles_of(specs: Mapping[str, Spec], rank: int, scale: float, trainable: bool = True) -> Roles:
     """The roles of a site's tensors; a role that two trainable tensors share is not a role that an init could fill."""
     names: dict[str, list[str]] = {}
@@ -232,9 +242,10 @@ def require(member: Any, roles: Roles, structure: str) -> None:
     """
     missing = sorted(member.requires - set(roles.shapes))
     if missing:
+        works, there = ("tensors ", "has") if getattr(member, "frozen", False) else ("trainable ", "trains")
         raise CompositionError(
-            f"{structure} + {member.name}: {member.axis} {member.name!r} works on trainable "
+            f"{structure} + {member.name}: {member.axis} {member.name!r} works on {works}"
             f"{', '.join(sorted(member.requires))}; "
-            f"structure {structure!r} trains {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
+            f"structure {structure!r} {there} {', '.join(sorted(roles.shapes)) or 'nothing of its own'}.\n"
             f"  every pair and its reason: rankfold methods --matrix"
         )

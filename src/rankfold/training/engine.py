@@ -68,7 +68,7 @@ class Engine:
         for key, slot in self.member.slots.items():
             tensors = {role: self.store.tensor(name) for role, name in keys_by_role(slot).items()}
             tensors = {role: t for role, t in tensors.items() if t.requires_grad}
-            found.append(SiteView(key, slot.site, tensors, ranks[key], slot.structure.scale, self.state[key]))
+            found.append(SiteView(key, slot.site, tensors, ranks[key], slot.structure.scale, self.state[key], slot.base))
         return found
 
     def objectives(self) -> dict[str, Tensor]:

@@ -162,7 +162,10 @@ def _default_structure() -> Entry:
 
 
 def _default_member(axis: str, classes: list[tuple[Entry, type]]) -> list[tuple[Entry, type]]:
-    entry = next((e for e in registry.entries(axis) if dict(e.traits).get("default") == "True"), None)
+    """What stands where none is named: the init that the innermost structure asks for, else what declares `default = True`."""
+    own = next((getattr(cls, "init", None) for e, cls in reversed(classes) if e.axis == "structure" and axis == "init"), None)
+    is_it = _is_default if own is None else lambda e: e.name == own
+    entry = next((e for e in registry.entries(axis) if is_it(e)), None)
     return [(entry, registry.resolve(entry))] if entry else []
 
 
@@ -220,13 +223,15 @@ def _compose(classes: list[tuple[Entry, type]], values: dict[str, dict[str, Any]
             structure = make(entry, cls, inner=structure)
         elif structure is None:
             structure = make(entry, cls)
-            structure = Offset(inner=structure) if init.offset else structure
+            offset = Offset(inner=structure)
+            structure = offset if init.offset and offset.names(SAMPLE) else structure
         else:
             structure = Stack(outer=make(entry, cls), inner=structure)
     assert structure is not None
     names = "+".join(e.name for e, _ in chain)
     _check(names, structure, init, members["rank"], members["update"], bool(chain[1:]))
-    text = "+".join([*(e.name for e, _ in chain), *(e.key for e, _ in classes if e.axis != "structure" and not _is_default(e))])
+    unsaid = {e.key for axis in ("init", "rank", "update") for e, _ in _default_member(axis, chain)}
+    text = "+".join([*(e.name for e, _ in chain), *(e.key for e, _ in classes if e.axis != "structure" and e.key not in unsaid)])
     canonical = {}
     for entry, cls in classes:
         made = next(p for p in [*layers(structure), *members.values(), *losses] if type(p) is cls)
@@ -240,9 +245,9 @@ def _is_default(entry: Entry) -> bool:
     return dict(entry.traits).get("default") == "True"
 
 
-def trainable_roles(structure: Structure, site: Site = SAMPLE) -> Roles:
-    """Roles of the trainable tensors at a site."""
-    return roles_of(structure.tensors(site), getattr(structure.core, "rank", 0) or 0, structure.scale)
+def trainable_roles(structure: Structure, site: Site = SAMPLE, frozen: bool = False) -> Roles:
+    """Roles of the trainable tensors at a site; of all with `frozen`."""
+    return roles_of(structure.tensors(site), getattr(structure.core, "rank", 0) or 0, structure.scale, trainable=not frozen)
 
 
 def _check(names: str, structure: Structure, init: Init, rank: RankPolicy, update: Update, several: bool) -> None:
@@ -251,12 +256,12 @@ def _check(names: str, structure: Structure, init: Init, rank: RankPolicy, updat
     if several and any(layer.owns for layer in layers(structure)[:-1]):
         raise CompositionError(f"{names}: a structure that owns the weight discards what stands inside it; put it last")
     try:
-        roles = trainable_roles(structure)
+        roles, every = trainable_roles(structure), trainable_roles(structure, frozen=True)
     except CompositionError as error:
         raise CompositionError(f"{names}: {error}") from None
     for member in (init, rank, update):
-        require(member, roles, names)
-    core = trainable_roles(structure.core)
+        require(member, every if getattr(member, "frozen", False) else roles, names)
+    core = trainable_roles(structure.core, frozen=init.frozen)
     if init.offset and not init.requires <= core.shapes.keys():
         raise CompositionError(
             f"{names} + {init.name}: init {init.name!r} starts from an offset, which belongs to the innermost structure; "

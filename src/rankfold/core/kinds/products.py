@@ -61,7 +61,7 @@ def parts_of(expr: Operator, base: Operator) -> Parts | None:
 
 def _pieces(change: Operator, magnitude: Magnitude | None = None, dropped: Drop = None) -> Parts | None:
     if isinstance(change, Deviation):
-        if change.diag is None and not isinstance(change.scale, Tensor):
+        if change.diag is None and change.core is None and change.A is not change.A0 and not isinstance(change.scale, Tensor):
             return Parts(magnitude, change.B, change.A, change.B0, change.A0, float(change.scale), dropped)
         change = change.stacked()
     if not isinstance(change, LowRank):

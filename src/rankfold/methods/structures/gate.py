@@ -23,7 +23,7 @@ class Gate(Decorator):
         start: of every entry of g. 0 starts at W whatever B and A are.
 
     Raises:
-        CompositionError: per="rank" over a structure without factors B and A, or over more than one structure.
+        CompositionError: per="rank" over a structure without factors B and A or with more than these, or over several structures.
 
     >>> from rankfold.methods.structures.lora import LoRA
     >>> Gate(per="rank", inner=LoRA(rank=4)).tensors(Site("query", (12, 8)))["gate"].shape
@@ -39,6 +39,9 @@ class Gate(Decorator):
         if self.per == "rank" and not {"B", "A"} <= {spec.role for spec in self.inner.tensors(site).values()}:
             core = type(self.inner.core).__name__
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
+        if self.per == "rank" and (more := self._beyond_factors(site)):
+            core = type(self.inner.core).__name__
+            raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} trains more than its factors: {more}")
         if self.per == "rank" and len(inside := layers(self.inner)) > 1:
             names = " over ".join(type(layer).__name__ for layer in inside)
             raise CompositionError(
@@ -47,6 +50,11 @@ class Gate(Decorator):
         shapes = {"site": (), "row": (site.shape[0],), "rank": (getattr(self.inner.core, "rank", 0),)}
         role = "gate" if self.per == "rank" else "value"  # policies and inits know a gate as one number per component
         return {"gate": Spec(shapes[self.per], role=role, start=self.start)}
+
+    def _beyond_factors(self, site: Site) -> str:
+        """What makes the change more than Σ b_k a_k: names of tensors beside B, A and a diagonal core."""
+        trained = {name: spec for name, spec in self.inner.core.tensors(site).items() if spec.trainable}
+        return ", ".join(n for n, s in trained.items() if s.role not in ("B", "A") and (s.role != "core" or len(s.shape) > 1))
 
     def weight(self, W: Operator, t: Tensors, site: Site, ctx: Context | None = None) -> Operator:
         change = difference(self.inner.weight(W, t, site, ctx), W)
