@@ -39,14 +39,14 @@ class Gate(Decorator):
         if self.per == "rank" and not {"B", "A"} <= {spec.role for spec in self.inner.tensors(site).values()}:
             core = type(self.inner.core).__name__
             raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} has no factors of roles B and A")
-        if self.per == "rank" and (more := self._beyond_factors(site)):
-            core = type(self.inner.core).__name__
-            raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} trains more than its factors: {more}")
         if self.per == "rank" and len(inside := layers(self.inner)) > 1:
             names = " over ".join(type(layer).__name__ for layer in inside)
             raise CompositionError(
                 f"gate.per='rank' weighs the components of one structure; put it directly around one, not {names}"
             )
+        if self.per == "rank" and (more := self._beyond_factors(site)):
+            core = type(self.inner.core).__name__
+            raise CompositionError(f"gate.per='rank' weighs components b_k a_k, but {core} trains more than its factors: {more}")
         shapes = {"site": (), "row": (site.shape[0],), "rank": (getattr(self.inner.core, "rank", 0),)}
         role = "gate" if self.per == "rank" else "value"  # policies and inits know a gate as one number per component
         return {"gate": Spec(shapes[self.per], role=role, start=self.start)}
