@@ -3,6 +3,9 @@ something to save."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -176,3 +179,31 @@ def test_the_law_rejects_a_mode_that_keeps_all(monkeypatch):
     monkeypatch.setattr(lowrank, "factors_of", lambda x: None)
     with pytest.raises(AssertionError, match="is a product"):
         test_a_fused_plan_gives_the_same_bits_from_fewer_bytes("lora", torch.float32)
+
+
+class Marker:
+    """Something whose life can be seen."""
+
+
+class Marked(torch.autograd.Function):
+    """x, with a marker that lives as long as the graph."""
+
+    @staticmethod
+    def forward(ctx, x, marker):
+        ctx.marker = marker
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def test_what_is_watched_is_freed():
+    """exp keeps its own output: kept as it is, output and graph would hold each other for ever."""
+    marker = Marker()
+    alive = weakref.ref(marker)
+    with watching(lambda t: None):
+        y = Marked.apply(torch.ones(3, requires_grad=True), marker).exp()
+    del y, marker
+    gc.collect()
+    assert alive() is None

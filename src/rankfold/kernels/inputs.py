@@ -57,7 +57,7 @@ def watching(look: Callable[[Tensor], None]) -> Iterator[None]:
 
     def pack(t: Tensor) -> Tensor:
         look(t)
-        return t
+        return t.detach()  # an output that keeps itself would keep its node too, and neither is ever freed
 
     pack.looks_only = True  # type: ignore[attr-defined]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
