@@ -50,7 +50,7 @@ def _failed(path: Path, error: OSError) -> FileError:
     return FileError(f"{path}: can't be written ({error.strerror or error}); {had}")
 
 
-def atomic_file(path: str | Path, write: Callable[[Path], None]) -> None:
+def atomic_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let `write(temporary)` write a file beside `path`, then put it in its place.
 
     Raises:
@@ -81,7 +81,7 @@ def atomic_file(path: str | Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text as a whole, or not at all."""
     atomic_file(path, lambda temporary: _write(temporary, text))
 

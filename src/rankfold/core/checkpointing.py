@@ -94,7 +94,7 @@ class LostGradients:
 
         def begins(grad: Tensor) -> None:
             if pending:
-                engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+                engine: Any = torch.autograd.Variable._execution_engine
                 engine.queue_callback(pending.pop())
 
         for tensor in _tensors(output):
