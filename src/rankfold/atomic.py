@@ -50,7 +50,7 @@ def _failed(path: Path, error: OSError) -> FileError:
     return FileError(f"{path}: can't be written ({error.strerror or error}); {had}")
 
 
-def atomic_file(path: str | Path, write: Callable[[Path], None]) -> None:
+def atomic_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let `write(temporary)` write a file beside `path`, then put it in its place.
 
     Raises:
