@@ -52,8 +52,9 @@ def commands() -> Iterator[str]:
 
 
 def members() -> Iterator[str]:
-    """Every name of the catalogue, with its options."""
-    for entry in entries():
+    """Every name of the catalogue, with its options; what a page's example registered in this process is not of it."""
+    own = Path(rf.__file__).parent
+    for entry in (e for e in entries() if e.file.is_relative_to(own)):
         also = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
         yield f"{entry.key}{also} {' '.join(o.name for o in entry.options)}".rstrip()
     yield from (f"composition:{name} = {c.parts}" for name, c in COMPOSITIONS.items())
